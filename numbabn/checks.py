@@ -1,0 +1,178 @@
+"""Every argument check and its message: the argument, what was expected, what came.
+
+Each runs before anything is written. ``ValueError`` is for values and shapes, ``TypeError`` for
+kinds and dtypes.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _names(dtypes: Iterable[Any]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__qualname__
+
+
+def dtype_in(name: str, array: Any, dtypes: Iterable[Any]) -> None:
+    """Refuse a dtype that is not among those given; the same in the other byte order is not."""
+    if array.dtype not in dtypes or not array.dtype.isnative:
+        order = "" if array.dtype.isnative else " (byte-swapped)"
+        raise TypeError(f"{name}: expected {_names(dtypes)}, got {array.dtype}{order}")
+
+
+def data(name: str, x: Any) -> None:
+    """Check the array to normalize: two dimensions or more, a float dtype."""
+    dtype_in(name, x, FLOATS)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: expected 2 or more dimensions, got shape {x.shape}")
+
+
+def channel_axis(axis: Any, x: Any) -> int:
+    """Return the channel axis counted from the front, if x has it and a channel along it."""
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis: expected an integer, got {_kind(axis)}") from None
+    if not -x.ndim <= index < x.ndim:
+        raise ValueError(
+            f"axis: expected {-x.ndim} to {x.ndim - 1} for shape {x.shape}, got {index}"
+        )
+    index %= x.ndim
+    if x.shape[index] == 0:
+        raise ValueError(f"x: expected a channel or more along axis {index}, got shape {x.shape}")
+    return index
+
+
+def _is_array(name: str, array: Any) -> None:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array as x is, got {_kind(array)}")
+
+
+def like(name: str, array: Any, x: Any) -> None:
+    """Check an array that must have x's shape and dtype."""
+    _is_array(name, array)
+    dtype_in(name, array, (x.dtype,))
+    if array.shape != x.shape:
+        raise ValueError(f"{name}: expected the shape of x, {x.shape}, got {array.shape}")
+
+
+def per_channel(name: str, array: Any, channels: int, dtypes: Iterable[Any] = FLOATS) -> None:
+    """Check an array of one number per channel."""
+    _is_array(name, array)
+    dtype_in(name, array, dtypes)
+    if array.shape != (channels,):
+        raise ValueError(f"{name}: expected shape ({channels},), got {array.shape}")
+
+
+def real(name: str, value: Any) -> None:
+    """Check a finite real number; True and False are none, being misplaced arguments."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a real number, got {_kind(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def epsilon(eps: Any) -> None:
+    """Check what is added to the variance."""
+    real("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected 0 or more, got {eps}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Check a truth value."""
+    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def relu(activation: Any) -> bool:
+    """Return whether the activation is a ReLU."""
+    if activation is not None and activation != "relu":
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    return activation is not None
+
+
+def denominator(count: int, correction: Any) -> None:
+    """Check ``count - correction``, by which a running variance is divided."""
+    real("correction", correction)
+    if count and count - correction <= 0:
+        raise ValueError(
+            f"correction: expected less than the {count} values per channel, got {correction}"
+        )
+
+
+def trainable(x: Any, count: int) -> None:
+    """Refuse one value per channel: its variance is 0 whatever the value."""
+    if count == 1:
+        raise ValueError(
+            f"x: expected more than one value per channel in training, got shape {x.shape}"
+        )
+
+
+def mask(bits: Any, x: Any) -> None:
+    """Check a ReLU mask: one bit per element of x, in bytes."""
+    _is_array("mask", bits)
+    dtype_in("mask", bits, (np.dtype(np.uint8),))
+    expected = (-(-x.size // 8),)
+    if bits.shape != expected:
+        raise ValueError(f"mask: expected shape {expected} for x {x.shape}, got {bits.shape}")
+
+
+def _share(a: Any, b: Any) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except RuntimeError:  # too hard to tell
+        return True
+
+
+def _same(a: Any, b: Any) -> bool:
+    here, there = a.__array_interface__["data"][0], b.__array_interface__["data"][0]
+    return bool(here == there and a.shape == b.shape and a.strides == b.strides)
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Whether two indices may name one element, as in a broadcast array."""
+    reach = 0
+    for stride, size in sorted(
+        (abs(stride), size)
+        for stride, size in zip(array.strides, array.shape, strict=True)
+        if size > 1
+    ):
+        if stride < reach + array.itemsize:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def writable(
+    name: str, target: Any, others: dict[str, Any], *, in_place: tuple[str, ...] = ()
+) -> None:
+    """Check an array that will be written, against the others of the call.
+
+    ``others`` may hold None; those named in ``in_place`` may be the target itself, element for
+    element.
+    """
+    if not target.flags.writeable:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    if _overlaps_itself(target):
+        raise ValueError(
+            f"{name}: expected distinct elements in memory, got strides {target.strides} "
+            f"for shape {target.shape}"
+        )
+    for other, array in others.items():
+        if array is None or not _share(target, array):
+            continue
+        if not (other in in_place and _same(target, array)):
+            raise ValueError(f"{name}: expected memory of its own, got an overlap with {other}")

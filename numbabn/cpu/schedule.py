@@ -1,0 +1,113 @@
+"""How work is cut and run: tile sizes, serial or parallel, compilation and its cache.
+
+Everything here depends on the shape alone, never on the number of threads, because the cuts are
+the tree by which statistics are summed: the same input gives the same bits on any machine size.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import types
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core.caching import FunctionCache
+
+PLANE_TILE = 4096  # elements of a plane summed in one go: 16 KiB of float32, half of an L1 cache
+ROW_TILE = 128  # rows summed in one go
+ROW_BLOCK = 256  # columns whose accumulators stay in L1 together
+TILES_PER_PIECE = 16  # a piece is one task: consecutive tiles of one channel or column block
+FUSE_CHANNELS = 16  # with fewer channels than this, a task per channel would leave cores idle
+PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
+
+# By name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and infinity.
+_OPTIONS = {
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+    "error_model": "numpy",
+    "nogil": True,
+}
+
+primitive: Callable[[Callable[..., Any]], Any] = njit(**_OPTIONS)
+
+
+@cache
+def _source_stamp() -> str:
+    """A digest of every file whose code ends up inside a compiled kernel."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _PackageCache(FunctionCache):  # type: ignore[misc]
+    """numba's on-disk cache, made stale by a change in any kernel file, not in one alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _source_stamp()
+
+
+def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
+    # numba's cache tells functions apart by name and line, not by options.
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    twin.__module__ = function.__module__
+    twin.__qualname__ = f"{function.__qualname__}_{variant}"
+    dispatcher = njit(**_OPTIONS, **options)(twin)
+    if not numba.config.DISABLE_JIT:
+        # No folder is writable: the kernels compile anew in each process.
+        with contextlib.suppress(RuntimeError):
+            dispatcher._cache = _PackageCache(twin)
+    return dispatcher
+
+
+# A child forked after numba started its threads has none of them: OpenMP would abort there.
+_forked = False
+_reentrant = False
+_turn = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _forked, _turn
+    _forked = True
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class kernel:  # noqa: N801 - a decorator
+    """One loop over independent tasks, compiled twice: serial, and over numba's threads.
+
+    Called with the number of bytes that it moves, then the compiled function's own arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.serial = _compile(function, "serial")
+        self.parallel = _compile(function, "parallel", parallel=True)
+
+    def __call__(self, nbytes: int, *args: Any) -> Any:
+        global _reentrant
+        if nbytes < PARALLEL_BYTES or _forked:
+            return self.serial(*args)
+        if _reentrant:
+            return self.parallel(*args)
+        # numba's workqueue layer aborts the process when two threads enter it at once, and
+        # which layer runs is known only after the first launch.
+        with _turn:
+            result = self.parallel(*args)
+            _reentrant = numba.threading_layer() != "workqueue"
+            return result
+
+
+def cache_folder(of: kernel) -> str | None:
+    """Where compiled kernels are kept between processes; None if nowhere could be written."""
+    path: str | None = getattr(of.serial.stats, "cache_path", None)
+    return path

@@ -1,0 +1,101 @@
+"""Count, mean and sum of squared deviations per channel, and how samples of them join."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+PerChannel = npt.NDArray[np.float64]
+
+
+def _none() -> PerChannel:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchStats:
+    """Statistics of each channel over a batch, or over several batches merged.
+
+    Parameters
+    ----------
+    count : int
+        Values per channel. 0, the default, is an empty sample, which merges with any other.
+    mean : ndarray of float64, shape (C,)
+        Their mean.
+    m2 : ndarray of float64, shape (C,)
+        The sum of their squared deviations from it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numbabn import BatchStats, batch_stats
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0], [8.0, 20.0]])
+    >>> total = BatchStats()
+    >>> for batch in (x[:1], x[1:]):
+    ...     total += batch_stats(batch)
+    >>> total.count, total.mean, total.var
+    (3, array([ 4., 20.]), array([ 8.66666667, 66.66666667]))
+    """
+
+    count: int = 0
+    mean: PerChannel = field(default_factory=_none)
+    m2: PerChannel = field(default_factory=_none)
+
+    @classmethod
+    def empty(cls, num_features: int) -> BatchStats:
+        """Statistics of no values in each of ``num_features`` channels: zeros."""
+        return cls(0, np.zeros(num_features), np.zeros(num_features))
+
+    @property
+    def var(self) -> PerChannel:
+        """The biased variance, ``m2 / count``; NaN where nothing was counted."""
+        with np.errstate(all="ignore"):
+            return np.asarray(self.m2 / np.float64(self.count))
+
+    @property
+    def unbiased_var(self) -> PerChannel:
+        """The unbiased variance, ``m2 / (count - 1)``; NaN below two values."""
+        if self.count < 2:
+            return np.full_like(self.m2, np.nan)
+        return self.m2 / (self.count - 1)
+
+    def invstd(self, eps: float = 1e-5) -> PerChannel:
+        """``1 / sqrt(var + eps)``."""
+        with np.errstate(all="ignore"):
+            return np.asarray(1.0 / np.sqrt(self.var + eps))
+
+    def merge(self, other: BatchStats) -> BatchStats:
+        """Return the statistics of both samples taken together; neither is changed.
+
+        Chan, Golub & LeVeque, "Algorithms for computing the sample variance" (1983), eq. 2.1.
+
+        Raises
+        ------
+        ValueError
+            If both count something, in different numbers of channels.
+        """
+        if not isinstance(other, BatchStats):
+            raise TypeError(f"other: expected BatchStats, got {type(other).__qualname__}")
+        if self.count == 0 and self.mean.size in (0, other.mean.size):
+            return other
+        if other.count == 0 and other.mean.size in (0, self.mean.size):
+            return self
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"other: expected {self.mean.size} channels, got {other.mean.size}"
+            )
+        count = self.count + other.count
+        part = other.count / count
+        with np.errstate(all="ignore"):
+            delta = other.mean - self.mean
+            # Beside an infinite mean the step is not a number, where the sum still is.
+            step = np.where(np.isfinite(delta), delta * part, other.mean)
+            m2 = self.m2 + other.m2 + delta * delta * (self.count * part)
+            return BatchStats(count, self.mean + step, m2)
+
+    def __add__(self, other: BatchStats) -> BatchStats:
+        if not isinstance(other, BatchStats):
+            return NotImplemented
+        return self.merge(other)
