@@ -24,7 +24,8 @@ def backend_of(name: str, array: Any) -> Any:
     TypeError
         If it is no array that numbabn computes on.
     """
-    backend = _of_type(type(array))
+    kind: type = type(array)
+    backend = _of_type(kind)
     if backend is None:
-        raise TypeError(f"{name}: expected a NumPy array, got {type(array).__qualname__}")
+        raise TypeError(f"{name}: expected a NumPy array, got {kind.__qualname__}")
     return backend

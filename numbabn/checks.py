@@ -40,7 +40,7 @@ def data(name: str, x: Any) -> None:
 def channel_axis(axis: Any, x: Any) -> int:
     """Return the channel axis counted from the front, if x has it and a channel along it."""
     try:
-        index = operator.index(axis)
+        index: int = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis: expected an integer, got {_kind(axis)}") from None
     if not -x.ndim <= index < x.ndim:
@@ -89,6 +89,24 @@ def epsilon(eps: Any) -> None:
         raise ValueError(f"eps: expected 0 or more, got {eps}")
 
 
+def positive_integer(name: str, value: Any) -> None:
+    """Check a size."""
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {_kind(value)}") from None
+    if index < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {index}")
+
+
+def count(name: str, array: Any) -> None:
+    """Check an array without dimensions that holds a count."""
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected an integer, got {array.dtype}")
+    if array.shape != () or array < 0:
+        raise ValueError(f"{name}: expected one number, 0 or more, got {array.tolist()}")
+
+
 def flag(name: str, value: Any) -> None:
     """Check a truth value."""
     if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
@@ -132,8 +150,8 @@ def _share(a: Any, b: Any) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=10_000)
-    except RuntimeError:  # too hard to tell
+        return np.shares_memory(a, b, 10_000)  # type: ignore[arg-type]
+    except RuntimeError:  # more candidates than that to try
         return True
 
 

@@ -91,7 +91,7 @@ def element_steps(array: Any) -> Steps:
 
 @lru_cache(maxsize=256)
 def contiguous_steps(shape: tuple[int, ...]) -> Steps:
-    """Steps in elements of a C-contiguous array."""
+    """Give the steps in elements of a C-contiguous array."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 

@@ -83,9 +83,7 @@ class BatchStats:
         if other.count == 0 and other.mean.size in (0, self.mean.size):
             return self
         if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"other: expected {self.mean.size} channels, got {other.mean.size}"
-            )
+            raise ValueError(f"other: expected {self.mean.size} channels, got {other.mean.size}")
         count = self.count + other.count
         part = other.count / count
         with np.errstate(all="ignore"):

@@ -25,7 +25,7 @@ def _fused(layout: Layout) -> bool:
 
 
 def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:
-    """Mean and M2 of each channel. Views: x."""
+    """Give mean and M2 of each channel. Views: x."""
     (x,) = layout.views
     C = layout.shape[1]
     mean, m2 = np.empty(C), np.empty(C)
@@ -52,7 +52,7 @@ def normalize(
 def forward(
     layout: Layout, weight: PerChannel, bias: PerChannel, eps: float, relu: bool
 ) -> tuple[PerChannel, PerChannel]:
-    """Mean and M2 of each channel, and `normalize` by them. Views: y, x, residual."""
+    """Give mean and M2 of each channel, and `normalize` by them. Views: y, x, residual."""
     y, x, residual = layout.views
     N, C, S, fold = layout.shape
     mean, m2 = np.empty(C), np.empty(C)
@@ -72,7 +72,7 @@ def forward(
 def backward(
     layout: Layout, weight: PerChannel, mean: PerChannel, invstd: PerChannel, training: bool
 ) -> tuple[PerChannel, PerChannel]:
-    """Sums of dy and of dy * (x - mean), and dx. Views: dx, dresidual, dy, x."""
+    """Write dx; give the sums of dy and of dy * (x - mean). Views: dx, dresidual, dy, x."""
     dx, dresidual, dy, x = layout.views
     mask, shape = layout.mask, layout.shape
     total, product = np.empty(shape[1]), np.empty(shape[1])
@@ -82,9 +82,7 @@ def backward(
             dy, x, dx, mask, dresidual, shape, mean, invstd, weight, total, product, training,
         )  # fmt: skip
     else:
-        _BACKWARD_REDUCE[layout.kind](
-            2 * layout.nbytes, dy, x, mask, shape, mean, total, product
-        )
+        _BACKWARD_REDUCE[layout.kind](2 * layout.nbytes, dy, x, mask, shape, mean, total, product)
         _DX[layout.kind](
             3 * layout.nbytes,
             dy, x, dx, mask, dresidual, shape, mean, invstd, weight, total, product, training,

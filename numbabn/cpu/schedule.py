@@ -37,14 +37,14 @@ primitive: Callable[[Callable[..., Any]], Any] = njit(**_OPTIONS)
 
 @cache
 def _source_stamp() -> str:
-    """A digest of every file whose code ends up inside a compiled kernel."""
+    """Digest every file whose code ends up inside a compiled kernel."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-class _PackageCache(FunctionCache):  # type: ignore[misc]
+class _PackageCache(FunctionCache):
     """numba's on-disk cache, made stale by a change in any kernel file, not in one alone."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -116,7 +116,7 @@ def merge_columns(count, mean, m2, count_b, mean_b, m2_b):  # mean, m2 [c]
 
 @primitive
 def merge_equal(count, means, m2s):
-    """The moments of samples of one size taken together; exact where their means are equal."""
+    """Join samples of one size; the mean is exact where theirs are equal."""
     excess = 0.0
     for i in range(means.size):
         excess += means[i] - means[0]
@@ -153,7 +153,7 @@ def affine(x, mean, invstd, weight, bias):
 
 @primitive
 def gradient_affine(x, mean, invstd, weight, dy_mean, product_mean):
-    """The constants of `input_gradient` in x's dtype, both means split as in `affine`.
+    """Give the constants of `input_gradient` in x's dtype, both means split as in `affine`.
 
     Ioffe & Szegedy (2015), section 3, the gradients of the loss, gathered by x and dy.
     """

@@ -1,0 +1,530 @@
+"""The public functions: check the arguments, view the arrays, call the backend."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import checks
+from .backends import backend_of
+from .layout import arrange
+from .stats import BatchStats, PerChannel
+
+
+class ForwardResult(NamedTuple):
+    """What a training step's forward pass leaves for its backward pass.
+
+    Attributes
+    ----------
+    y : ndarray
+        The result, of x's shape and dtype.
+    mean, invstd : ndarray of float64, shape (C,)
+        The batch's mean and ``1 / sqrt(biased variance + eps)``.
+    mask : ndarray of uint8, or None
+        With an activation: bit ``i % 8`` of byte ``i // 8`` says whether element ``i`` of y, in C
+        order, passed the ReLU.
+    """
+
+    y: Any
+    mean: PerChannel
+    invstd: PerChannel
+    mask: Any
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss by each input of the forward pass.
+
+    Attributes
+    ----------
+    dx : ndarray
+        Of x's shape and dtype.
+    dweight, dbias : ndarray, shape (C,)
+        In weight's dtype, or x's where there is no weight.
+    dresidual : ndarray or None
+        dy through the activation, if it was asked for.
+    """
+
+    dx: Any
+    dweight: Any
+    dbias: Any
+    dresidual: Any
+
+
+def _wide(array: Any, channels: int, default: float) -> PerChannel:
+    """One contiguous float64 number per channel, as the kernels take them."""
+    if array is None:
+        return np.full(channels, default)
+    return np.ascontiguousarray(array, np.float64)
+
+
+def _invstd(var: PerChannel, eps: float) -> PerChannel:
+    with np.errstate(all="ignore"):
+        return np.asarray(1.0 / np.sqrt(var + eps))
+
+
+def _fresh(x: Any) -> Any:
+    return np.empty_like(x, subok=False)
+
+
+def _data(x: Any, axis: Any) -> tuple[Any, int, int, int]:
+    """Backend, axis from the front, channels, values per channel."""
+    backend = backend_of("x", x)
+    checks.data("x", x)
+    axis = checks.channel_axis(axis, x)
+    C = x.shape[axis]
+    return backend, axis, C, x.size // C
+
+
+def _check_residual(residual: Any, x: Any) -> None:
+    if residual is not None:
+        checks.like("residual", residual, x)
+
+
+def _check_out(out: Any, x: Any, inputs: dict[str, Any], *in_place: str) -> None:
+    if out is not None:
+        checks.like("out", out, x)
+        checks.writable("out", out, inputs, in_place=in_place)
+
+
+def _check_parameters(x: Any, C: int, **arrays: Any) -> None:
+    for name, array in arrays.items():
+        if array is not None:
+            checks.per_channel(name, array, C, (x.dtype,))
+
+
+def _check_running(
+    running_mean: Any, running_var: Any, count: int, momentum: Any, correction: Any
+) -> None:
+    """Check what `_update_running` will write, and by what numbers."""
+    checks.real("momentum", momentum)
+    checks.real("correction", correction)
+    if running_mean is not None:
+        checks.writable("running_mean", running_mean, {"running_var": running_var})
+    if running_var is not None:
+        checks.denominator(count, correction)
+        checks.writable("running_var", running_var, {})
+
+
+def _average(running: Any, batch: PerChannel, momentum: float) -> None:
+    running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+def _update_running(
+    running_mean: Any, running_var: Any, stats: BatchStats, momentum: float, correction: float
+) -> None:
+    if stats.count == 0:
+        return
+    with np.errstate(all="ignore"):
+        if running_mean is not None:
+            _average(running_mean, stats.mean, momentum)
+        if running_var is not None:
+            _average(running_var, stats.m2 / (stats.count - correction), momentum)
+
+
+def _forward(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    *,
+    momentum: float,
+    eps: float,
+    axis: int,
+    residual: Any,
+    activation: str | None,
+    correction: float,
+    out: Any,
+    with_mask: bool,
+) -> ForwardResult:
+    backend, axis, C, count = _data(x, axis)
+    parameters = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    _check_parameters(x, C, **parameters)
+    checks.epsilon(eps)
+    relu = checks.relu(activation)
+    checks.trainable(x, count)
+    _check_running(running_mean, running_var, count, momentum, correction)
+    _check_residual(residual, x)
+    _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
+
+    y = _fresh(x) if out is None else out
+    mask = backend.allocate_mask(x) if relu and with_mask else None
+    if x.size == 0:
+        return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), eps), mask)
+    layout = arrange(axis, (x, residual), (y,), mask=mask)
+    mean, m2 = backend.forward(layout, _wide(weight, C, 1.0), _wide(bias, C, 0.0), eps, relu)
+    layout.finish()
+    stats = BatchStats(count, mean, m2)
+    _update_running(running_mean, running_var, stats, momentum, correction)
+    return ForwardResult(y, mean, stats.invstd(eps), mask)
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str | None = None,
+    correction: float = 1,
+    out: Any = None,
+) -> Any:
+    """Batch normalization, with the arguments of ``torch.nn.functional.batch_norm``.
+
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`` per channel; mean and
+    biased variance are the batch's in training, the running ones otherwise.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, 2 or more dimensions
+        Any strides.
+    running_mean, running_var : ndarray, shape (C,), optional
+        In training, updated in place where given:
+        ``running = (1 - momentum) * running + momentum * batch``. Required otherwise, and then
+        only read.
+    weight, bias : ndarray, shape (C,), optional
+        Scale and shift; None means ones and zeros.
+    training : bool
+        Whether to normalize by the batch's own statistics.
+    momentum : float
+        The weight of the new batch in the running statistics.
+    eps : float
+        Added to the variance.
+    axis : int
+        Which dimension is the channel.
+    residual : ndarray of x's shape and dtype, optional
+        Added after scale and shift.
+    activation : {None, "relu"}
+        Applied last.
+    correction : float
+        The running variance is divided by ``count - correction``: 1 in PyTorch and TensorFlow,
+        0 in ONNX, Keras and Flax.
+    out : ndarray of x's shape and dtype, optional
+        Where to put the result; may be x or residual itself.
+
+    Returns
+    -------
+    ndarray
+        y, of x's shape and dtype; ``out`` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument's kind, dtype, shape or value is not as above, if there is one value per
+        channel in training, or if out overlaps an input in part. Nothing has been written then.
+
+    References
+    ----------
+    S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", 2015, Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> numbabn.batch_norm(x, training=True, eps=0.0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    checks.flag("training", training)
+    if not training:
+        return batch_norm_inference(
+            x, running_mean, running_var, weight, bias,
+            eps=eps, axis=axis, residual=residual, activation=activation, out=out,
+        )  # fmt: skip
+    return _forward(
+        x, weight, bias, running_mean, running_var,
+        momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
+        correction=correction, out=out, with_mask=False,
+    ).y  # fmt: skip
+
+
+def batch_norm_forward(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str | None = None,
+    correction: float = 1,
+    out: Any = None,
+) -> ForwardResult:
+    """Run the forward pass of a training step, keeping what `batch_norm_backward` needs.
+
+    Parameters, errors and the update of the running statistics are those of `batch_norm` with
+    ``training=True``.
+
+    Returns
+    -------
+    ForwardResult
+        ``y``, ``mean``, ``invstd`` and, with an activation, its ``mask``.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, mean, invstd, mask = numbabn.batch_norm_forward(x, eps=0.0, activation="relu")
+    >>> y.tolist(), mean.tolist(), invstd.tolist(), mask.tolist()
+    ([[0.0, 0.0], [1.0, 1.0]], [2.0, 20.0], [1.0, 0.1], [12])
+    """
+    return _forward(
+        x, weight, bias, running_mean, running_var,
+        momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
+        correction=correction, out=out, with_mask=True,
+    )  # fmt: skip
+
+
+def batch_norm_inference(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str | None = None,
+    out: Any = None,
+) -> Any:
+    """Normalize by running statistics, which are only read.
+
+    Parameters and errors are those of `batch_norm` with ``training=False``.
+
+    Returns
+    -------
+    ndarray
+        y, of x's shape and dtype; ``out`` if it was given.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> numbabn.batch_norm_inference(x, np.array([1.0, 10.0]), np.array([4.0, 100.0]), eps=0.0)
+    array([[0., 0.],
+           [1., 2.]])
+    """
+    backend, axis, C, _ = _data(x, axis)
+    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+        if array is None:
+            raise ValueError(f"{name}: expected an array of shape ({C},) in inference, got None")
+    parameters = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    _check_parameters(x, C, **parameters)
+    checks.epsilon(eps)
+    relu = checks.relu(activation)
+    _check_residual(residual, x)
+    _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
+
+    y = _fresh(x) if out is None else out
+    if x.size:
+        layout = arrange(axis, (x, residual), (y,))
+        backend.normalize(
+            layout,
+            _wide(running_mean, C, 0.0),
+            _invstd(_wide(running_var, C, 1.0), eps),
+            _wide(weight, C, 1.0),
+            _wide(bias, C, 0.0),
+            relu,
+        )
+        layout.finish()
+    return y
+
+
+def batch_norm_backward(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    invstd: Any,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    mask: Any = None,
+    with_residual: bool = False,
+    out: Any = None,
+) -> Gradients:
+    """Gradients of a loss by x, weight, bias and residual, from its gradient by y.
+
+    Parameters
+    ----------
+    dy : ndarray
+        The gradient by y, of x's shape and dtype.
+    x : ndarray of float32 or float64
+        The forward pass's input.
+    weight : ndarray, shape (C,), or None
+        The scale; None means ones.
+    mean, invstd : ndarray of float32 or float64, shape (C,)
+        As `batch_norm_forward` gave them; in eval mode ``running_mean`` and
+        ``1 / sqrt(running_var + eps)``.
+    axis : int
+        Which dimension is the channel.
+    training : bool
+        False for a layer in eval mode, whose mean and invstd are constants:
+        ``dx = dy * weight * invstd``.
+    mask : ndarray of uint8, optional
+        The activation's, from `batch_norm_forward`.
+    with_residual : bool
+        Whether to return ``dresidual`` too.
+    out : ndarray of x's shape and dtype, optional
+        Where to put dx; may be dy or x itself.
+
+    Returns
+    -------
+    Gradients
+        ``dx``, ``dweight``, ``dbias``, and ``dresidual`` or None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument's kind, dtype, shape or value is not as above, or if out overlaps an input
+        in part. Nothing has been written then.
+
+    References
+    ----------
+    S. Ioffe and C. Szegedy, "Batch Normalization", 2015, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, mean, invstd, _ = numbabn.batch_norm_forward(x, eps=0.0)
+    >>> dx, dweight, dbias, _ = numbabn.batch_norm_backward(y, x, None, mean, invstd)
+    >>> bool(abs(dx).max() < 1e-15), dweight.round(6).tolist(), dbias.round(6).tolist()
+    (True, [3.0], [0.0])
+    """
+    backend, axis, C, count = _data(x, axis)
+    checks.flag("training", training)
+    checks.flag("with_residual", with_residual)
+    checks.like("dy", dy, x)
+    _check_parameters(x, C, weight=weight)
+    checks.per_channel("mean", mean, C)
+    checks.per_channel("invstd", invstd, C)
+    if training:
+        checks.trainable(x, count)
+    if mask is not None:
+        checks.mask(mask, x)
+    inputs = {"dy": dy, "x": x, "weight": weight, "mean": mean, "invstd": invstd, "mask": mask}
+    _check_out(out, x, inputs, "dy", "x")
+
+    dtype = x.dtype if weight is None else weight.dtype
+    if x.size == 0:
+        dx = _fresh(x) if out is None else out
+        dresidual = _fresh(x) if with_residual else None
+        return Gradients(dx, np.zeros(C, dtype), np.zeros(C, dtype), dresidual)
+    dresidual = None
+    if with_residual:
+        # Before dx, which may be written over dy.
+        dresidual = dy.copy(order="K") if mask is None else _fresh(x)
+    dx = _fresh(x) if out is None else out
+    invstd = _wide(invstd, C, 1.0)
+    layout = arrange(
+        axis, (dy, x), (dx, None if mask is None else dresidual),
+        mask=None if mask is None else np.ascontiguousarray(mask),
+    )  # fmt: skip
+    total, product = backend.backward(
+        layout, _wide(weight, C, 1.0), _wide(mean, C, 0.0), invstd, bool(training)
+    )
+    layout.finish()
+    with np.errstate(all="ignore"):
+        return Gradients(dx, (product * invstd).astype(dtype), total.astype(dtype), dresidual)
+
+
+def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
+    """Take count, mean and sum of squared deviations of each channel.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, 2 or more dimensions
+        Any strides.
+    axis : int
+        Which dimension is the channel.
+
+    Returns
+    -------
+    BatchStats
+        In float64; zeros for an empty batch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If x is no such array or has no such axis.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> stats = numbabn.batch_stats(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> stats.count, stats.mean, stats.var
+    (2, array([ 2., 20.]), array([  1., 100.]))
+    """
+    backend, axis, C, count = _data(x, axis)
+    if count == 0:
+        return BatchStats.empty(C)
+    return BatchStats(count, *backend.statistics(arrange(axis, (x,))))
+
+
+def update_running_stats(
+    running_mean: Any,
+    running_var: Any,
+    stats: BatchStats,
+    momentum: float = 0.1,
+    *,
+    correction: float = 1,
+) -> None:
+    """Update running statistics in place by those of a batch.
+
+    ``running = (1 - momentum) * running + momentum * batch``, the batch's variance being
+    ``m2 / (count - correction)``. An empty batch changes nothing.
+
+    Parameters
+    ----------
+    running_mean, running_var : ndarray of float32 or float64, shape (C,)
+        Updated in place.
+    stats : BatchStats
+        The batch's statistics.
+    momentum : float
+        The weight of the batch.
+    correction : float
+        1 for the unbiased variance, 0 for the biased one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument's kind, dtype, shape or value is not as above. Nothing has been written
+        then.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> mean, var = np.zeros(2), np.ones(2)
+    >>> stats = numbabn.batch_stats(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> numbabn.update_running_stats(mean, var, stats, momentum=0.5)
+    >>> mean.tolist(), var.tolist()
+    ([1.0, 10.0], [1.5, 100.5])
+    """
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"stats: expected BatchStats, got {type(stats).__qualname__}")
+    C = stats.mean.size
+    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+        checks.per_channel(name, array, C)
+    _check_running(running_mean, running_var, stats.count, momentum, correction)
+    _update_running(running_mean, running_var, stats, momentum, correction)

@@ -1,0 +1,264 @@
+"""Batch normalization as a layer: parameters, running statistics, and what backward needs."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import checks
+from .functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
+
+
+class _Pass(NamedTuple):
+    """What a forward pass leaves for the backward pass."""
+
+    x: Any
+    mean: Any
+    invstd: Any
+    training: bool
+
+
+class BatchNorm:
+    """Batch normalization over every axis but the channel's, as ``torch.nn.BatchNorm1d/2d/3d``.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of a new batch in the running statistics,
+        ``running = (1 - momentum) * running + momentum * batch``; None for their cumulative
+        average, in which all batches weigh alike.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics; without them the batch's own serve in eval mode too.
+    axis : int
+        Which dimension of x is the channel.
+    dtype : dtype
+        float32 or float64, of parameters and running statistics.
+
+    Attributes
+    ----------
+    weight, bias : ndarray, shape (C,), or None
+        Scale and shift, ones and zeros at first.
+    running_mean, running_var : ndarray, shape (C,), or None
+        Zeros and ones at first. The variance is the unbiased one.
+    num_batches_tracked : int
+        Batches seen in training mode.
+    grad_weight, grad_bias : ndarray, shape (C,), or None
+        Set by `backward`.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument's kind or value is not as above.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> layer = numbabn.BatchNorm(2, dtype=np.float64)
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> layer(x).round(3).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> layer.backward(np.array([[1.0, 0.0], [0.0, 0.0]])).shape, layer.grad_bias.tolist()
+    ((2, 2), [1.0, 0.0])
+    >>> layer.running_mean.round(3).tolist()
+    [0.2, 2.0]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        dtype: Any = np.float32,
+    ) -> None:
+        checks.positive_integer("num_features", num_features)
+        checks.epsilon(eps)
+        if momentum is not None:
+            checks.real("momentum", momentum)
+        checks.flag("affine", affine)
+        checks.flag("track_running_stats", track_running_stats)
+        dtype = np.dtype(dtype)
+        checks.dtype_in("dtype", np.empty(0, dtype), checks.FLOATS)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.axis = axis
+        self.dtype = dtype
+        self.training = True
+        self.num_batches_tracked = 0
+        self.weight = np.ones(num_features, dtype) if affine else None
+        self.bias = np.zeros(num_features, dtype) if affine else None
+        self.running_mean = np.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var = np.ones(num_features, dtype) if track_running_stats else None
+        self.grad_weight: Any = None
+        self.grad_bias: Any = None
+        self._pass: _Pass | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"axis={self.axis}, dtype={self.dtype})"
+        )
+
+    def __call__(self, x: Any) -> Any:
+        """Call `forward`."""
+        return self.forward(x)
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        """Switch to the batch's statistics, or, with ``mode=False``, to the running ones."""
+        checks.flag("mode", mode)
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> "BatchNorm":
+        """Switch to the running statistics."""
+        return self.train(False)
+
+    def forward(self, x: Any) -> Any:
+        """Normalize x; in training mode also update the running statistics.
+
+        Parameters
+        ----------
+        x : ndarray
+            Of the layer's dtype. Kept, not copied, for `backward`.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `numbabn.batch_norm`; the layer is then as it was.
+        """
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            y = batch_norm_inference(
+                x, self.running_mean, self.running_var, self.weight, self.bias,
+                eps=self.eps, axis=self.axis,
+            )  # fmt: skip
+            mean = self.running_mean.astype(np.float64)
+            with np.errstate(all="ignore"):
+                invstd = 1.0 / np.sqrt(self.running_var.astype(np.float64) + self.eps)
+            self._pass = _Pass(x, mean, invstd, training=False)
+            return y
+
+        tracked = self.training and self.track_running_stats
+        seen = self.num_batches_tracked + 1
+        y, mean, invstd, _ = batch_norm_forward(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            momentum=1.0 / seen if self.momentum is None else self.momentum,
+            eps=self.eps,
+            axis=self.axis,
+        )
+        if tracked:
+            self.num_batches_tracked = seen
+        self._pass = _Pass(x, mean, invstd, training=True)
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Gradient by the last forward pass's x; sets ``grad_weight`` and ``grad_bias``.
+
+        Parameters
+        ----------
+        dy : ndarray
+            The gradient by y, of x's shape and dtype.
+
+        Returns
+        -------
+        ndarray
+            dx, of x's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward pass.
+        TypeError, ValueError
+            As `numbabn.batch_norm_backward`; the layer is then as it was.
+        """
+        if self._pass is None:
+            raise RuntimeError("backward: expected a forward pass before it, got none")
+        x, mean, invstd, training = self._pass
+        gradients = batch_norm_backward(
+            dy, x, self.weight, mean, invstd, axis=self.axis, training=training
+        )
+        if self.affine:
+            self.grad_weight, self.grad_bias = gradients.dweight, gradients.dbias
+        return gradients.dx
+
+    def _state(self) -> dict[str, Any]:
+        arrays = {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy parameters and running statistics under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+            "weight", "bias", "running_mean", "running_var" and "num_batches_tracked" (an int64
+            array without dimensions), as far as the layer has them.
+
+        Examples
+        --------
+        >>> import numpy as np, numbabn
+        >>> np.savez("layer.npz", **numbabn.BatchNorm(2).state_dict())  # doctest: +SKIP
+        >>> numbabn.BatchNorm(2).load_state_dict(np.load("layer.npz"))  # doctest: +SKIP
+        """
+        state = {name: array.copy() for name, array in self._state().items()}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy parameters and running statistics from a mapping such as `state_dict` returns.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            Arrays, or PyTorch tensors on the CPU, of shape (C,); their values are cast to the
+            layer's dtype. "num_batches_tracked" may be missing, as from old PyTorch versions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a name is missing or unknown, or an array's dtype or shape is not as above. Nothing
+            has been written then.
+        """
+        own = self._state()
+        tracked = {"num_batches_tracked"} if self.track_running_stats else set()
+        names = set(state.keys())
+        if not own.keys() <= names <= own.keys() | tracked:
+            raise ValueError(f"state: expected {sorted(own.keys() | tracked)}, got {sorted(names)}")
+        arrays = {name: np.asarray(state[name]) for name in own}
+        for name, array in arrays.items():
+            checks.per_channel(name, array, self.num_features)
+        if "num_batches_tracked" in names:
+            seen = np.asarray(state["num_batches_tracked"])
+            checks.count("num_batches_tracked", seen)
+            self.num_batches_tracked = int(seen)
+        for name, array in own.items():
+            array[...] = arrays[name]

@@ -1,0 +1,75 @@
+"""Statistics of a whole data set, batch by batch."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from .functional import batch_stats
+from .stats import BatchStats
+
+
+def population_stats(
+    batches: Iterable[Any], *, axis: int = 1, method: Literal["exact", "paper"] = "exact"
+) -> BatchStats:
+    """Statistics of all batches together, holding one at a time.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray, or one ndarray or memmap
+        One array is a data set in one piece; a memmap is read from disk as it is summed.
+    axis : int
+        Which dimension is the channel.
+    method : {"exact", "paper"}
+        "exact" merges counts, means and M2: the statistics of all values as if in one batch.
+        "paper" is Ioffe & Szegedy's Algorithm 2: the mean of the batch means, and the mean of the
+        batches' unbiased variances, ``m / (m - 1)`` times the biased ones, every batch counting
+        alike. Empty batches are left out.
+
+    Returns
+    -------
+    BatchStats
+        ``count`` is that of all values, ``var`` the population variance by the method.
+
+    Raises
+    ------
+    TypeError
+        If ``batches`` is not iterable or a batch is no such array.
+    ValueError
+        If the method is unknown, the batches differ in channels, or, for "paper", a batch has one
+        value per channel.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.arange(12.0).reshape(6, 2)
+    >>> numbabn.population_stats([x[:4], x[4:]]).mean
+    array([5., 6.])
+    >>> numbabn.population_stats([x[:4], x[4:]], method="paper").mean
+    array([6., 7.])
+    """
+    if method not in ("exact", "paper"):
+        raise ValueError(f"method: expected 'exact' or 'paper', got {method!r}")
+    if isinstance(batches, np.ndarray):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable, got {type(batches).__qualname__}")
+    each = (batch_stats(x, axis=axis) for x in batches)
+    return _paper(each) if method == "paper" else sum(each, BatchStats())
+
+
+def _paper(each: Iterable[BatchStats]) -> BatchStats:
+    """Ioffe & Szegedy (2015), Algorithm 2, steps 8 to 10."""
+    means, variances = BatchStats(), BatchStats()
+    count = 0
+    for stats in each:
+        if stats.count == 0:
+            continue
+        if stats.count == 1:
+            raise ValueError("batches: expected more than one value per channel in each, got 1")
+        count += stats.count
+        # Chan's formula with a count of 1 each is a running mean.
+        zeros = np.zeros_like(stats.mean)
+        means += BatchStats(1, stats.mean, zeros)
+        variances += BatchStats(1, stats.unbiased_var, zeros)
+    return BatchStats(count, means.mean, count * variances.mean)
