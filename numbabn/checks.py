@@ -162,6 +162,8 @@ def _same(a: Any, b: Any) -> bool:
 
 def _overlaps_itself(array: Any) -> bool:
     """Whether two indices may name one element, as in a broadcast array."""
+    if array.size == 0:
+        return False
     reach = 0
     for stride, size in sorted(
         (abs(stride), size)

@@ -25,14 +25,14 @@ TILES_PER_PIECE = 16  # a piece is one task: consecutive tiles of one channel or
 FUSE_CHANNELS = 16  # with fewer channels than this, a task per channel would leave cores idle
 PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
 
-# By name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and infinity.
-_OPTIONS = {
-    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
-    "error_model": "numpy",
-    "nogil": True,
-}
+# Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
+# infinity. `reassoc` is what lets a sum be vectorized, and is for sums alone: it also allows
+# sum(x - shift) to become sum(x) - n * shift, and LLVM was seen to do so.
+_OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
+_SUM_OPTIONS = _OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}}
 
 primitive: Callable[[Callable[..., Any]], Any] = njit(**_OPTIONS)
+summing: Callable[[Callable[..., Any]], Any] = njit(**_SUM_OPTIONS)
 
 
 @cache

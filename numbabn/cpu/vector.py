@@ -8,18 +8,33 @@ itself, so that with ``n`` elements cancellation costs at most a factor ``n`` of
 import numpy as np
 
 from .intrinsics import OCTET, keep_where, or_byte, positive_bits
-from .schedule import primitive
+from .schedule import primitive, summing
 
 
 @primitive
+def _deviation(x, shift):
+    """``x - shift``, which a sum around it may not take apart."""
+    return np.float64(x) - shift
+
+
+@primitive
+def _if_finite(value, other):
+    return value if np.isfinite(value) else other
+
+
+@primitive
+def _shift(x):
+    """The value itself, to take deviations from, unless they would all be infinite."""
+    return _if_finite(np.float64(x), 0.0)
+
+
+@summing
 def moments(x):  # x [n] -> mean, M2
-    shift = np.float64(x[0])
-    if not np.isfinite(shift):
-        shift = 0.0
+    shift = _shift(x[0])
     total = 0.0
     squares = 0.0
     for i in range(x.size):
-        d = np.float64(x[i]) - shift
+        d = _deviation(x[i], shift)
         total += d
         squares += d * d
     return shift + total / x.size, squares - total * total / x.size
@@ -31,8 +46,8 @@ def merge(count, mean, m2, count_b, mean_b, m2_b):
     together = count + count_b
     part = count_b / together
     delta = mean_b - mean
-    # Beside an infinite mean the step is not a number, where the sum still is.
-    step = delta * part if np.isfinite(delta) else mean_b
+    # Beside an infinite mean the step is not a number, where the sum still is infinite.
+    step = _if_finite(delta * part, mean_b)
     return together, mean + step, m2 + m2_b + delta * delta * (count * part)
 
 
@@ -58,14 +73,14 @@ def normalize_columns(x, residual, y, mean, scale, shift, relu):  # all [c]
         y[i] = z
 
 
-@primitive
+@summing
 def products(dy, x, mean):  # dy, x [n] -> sum of dy, sum of dy * (x - mean)
     total = 0.0
     product = 0.0
     for i in range(x.size):
         g = np.float64(dy[i])
         total += g
-        product += g * (np.float64(x[i]) - mean)
+        product += g * _deviation(x[i], mean)
     return total, product
 
 
@@ -84,13 +99,13 @@ def input_gradient_columns(dy, x, dx, dy_mean, mean, slope, scale, shift):  # al
 @primitive
 def start_columns(x, shift):  # x, shift [c]
     for i in range(x.size):
-        shift[i] = np.float64(x[i]) if np.isfinite(x[i]) else 0.0
+        shift[i] = _shift(x[i])
 
 
 @primitive
 def sum_columns(x, shift, total, squares):  # all [c]
     for i in range(x.size):
-        d = np.float64(x[i]) - shift[i]
+        d = _deviation(x[i], shift[i])
         total[i] += d
         squares[i] += d * d
 
@@ -110,23 +125,21 @@ def merge_columns(count, mean, m2, count_b, mean_b, m2_b):  # mean, m2 [c]
     weight = count * part
     for i in range(mean.size):
         delta = mean_b[i] - mean[i]
-        mean[i] += delta * part if np.isfinite(delta) else mean_b[i]
+        mean[i] += _if_finite(delta * part, mean_b[i])
         m2[i] += m2_b[i] + delta * delta * weight
 
 
-@primitive
+@summing
 def merge_equal(count, means, m2s):
     """Join samples of one size; the mean is exact where theirs are equal."""
     excess = 0.0
     for i in range(means.size):
-        excess += means[i] - means[0]
-    mean = means[0] + excess / means.size
-    if not np.isfinite(mean):
-        mean = means.sum()
+        excess += _deviation(means[i], means[0])
+    mean = _if_finite(means[0] + excess / means.size, means.sum())
     between = 0.0
     within = 0.0
     for i in range(means.size):
-        between += (means[i] - mean) ** 2
+        between += _deviation(means[i], mean) ** 2
         within += m2s[i]
     return mean, within + count * between
 
@@ -136,7 +149,7 @@ def sum_products_columns(dy, x, mean, total, product):  # all [c]
     for i in range(x.size):
         g = np.float64(dy[i])
         total[i] += g
-        product[i] += g * (np.float64(x[i]) - mean[i])
+        product[i] += g * _deviation(x[i], mean[i])
 
 
 @primitive
