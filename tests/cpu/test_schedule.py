@@ -1,0 +1,175 @@
+"""Same bits for any number of threads; processes and threads that do not crash; the cache."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from numbabn import cpu
+from numbabn.cpu import planes, schedule
+
+
+def run(code, **environment):
+    """Run a program in a process of its own, warnings being errors; its output."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+
+
+BITS = """
+    import hashlib, sys
+    import numba, numpy as np
+    import numbabn
+
+    shapes = [((4099, 11), 1), ((131, 521), 1), ((3, 19, 31, 37), 1), ((20, 2, 65, 67), 1)]
+    for threads in {threads}:
+        numba.set_num_threads(threads)
+        digest = hashlib.sha256()
+        for shape, axis in shapes:
+            random = np.random.default_rng(0)
+            x, dy, residual = (random.standard_normal(shape, dtype=np.float32) for _ in range(3))
+            y, mean, invstd, mask = numbabn.batch_norm_forward(
+                x, axis=axis, residual=residual, activation="relu"
+            )
+            gradients = numbabn.batch_norm_backward(
+                dy, x, None, mean, invstd, axis=axis, mask=mask, with_residual=True
+            )
+            stats = numbabn.batch_stats(x, axis=axis)
+            for result in (y, mean, invstd, mask, *gradients, stats.mean, stats.m2):
+                digest.update(result.tobytes())
+        print(threads, digest.hexdigest())
+"""
+
+
+def test_same_bits_for_any_number_of_threads():
+    lines = run(BITS.format(threads=[1, 2, 5, 2]), NUMBA_NUM_THREADS="5").splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "5", "2"]
+    assert len({line.split()[1] for line in lines}) == 1
+
+
+CALL = """
+    import numpy as np
+    import numbabn
+
+    x = np.random.default_rng(0).standard_normal((20, 2, 65, 67), dtype=np.float32)
+    expected = numbabn.batch_norm(x, training=True)
+
+    def right():
+        return bool((numbabn.batch_norm(x, training=True) == expected).all())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_after_use_computes_the_same():
+    # Exits by itself: multiprocessing would hide a child that died behind a hanging queue.
+    output = run(
+        CALL
+        + """
+    import os, warnings
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if right() else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), right())
+    """
+    )
+    assert output.split() == ["0", "True"]
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_eight_threads_at_once(layer):
+    if layer == "omp":
+        pytest.importorskip("numba.np.ufunc.omppool", reason="numba has no OpenMP here")
+    output = run(
+        CALL
+        + """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        print(all(pool.map(lambda _: right(), range(40))))
+    """,
+        NUMBA_THREADING_LAYER=layer,
+    )
+    assert output.split() == ["True"]
+
+
+def test_small_inputs_start_no_threads():
+    output = run(
+        """
+    import numba, numpy as np
+    import numbabn
+
+    numbabn.batch_norm(np.ones((4, 8), np.float32), training=True)
+    try:
+        print(numba.threading_layer())
+    except ValueError:
+        print("none")
+    """
+    )
+    assert output.split() == ["none"]
+
+
+def test_kernels_are_kept_on_disk_under_a_stamp_of_every_file():
+    assert os.path.isdir(cpu.cache_folder())
+    for variant in (planes.forward_planes.serial, planes.forward_planes.parallel):
+        assert variant._cache._cache_file._source_stamp == schedule._source_stamp()
+    names = {
+        variant._cache._cache_file._index_name
+        for variant in (planes.forward_planes.serial, planes.forward_planes.parallel)
+    }
+    assert len(names) == 2
+
+
+def test_the_stamp_follows_any_file(tmp_path, monkeypatch):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("pass\n")
+    monkeypatch.setattr(schedule, "__file__", str(tmp_path / "schedule.py"))
+    stamps = set()
+    for name in ("a.py", "b.py"):
+        stamps.add(schedule._source_stamp.__wrapped__())
+        (tmp_path / name).write_text("pass  # changed\n")
+        stamps.add(schedule._source_stamp.__wrapped__())
+    assert len(stamps) == 3
+
+
+def test_without_a_folder_to_write_to_kernels_still_run():
+    output = run(
+        """
+    from numba.core import caching
+
+    def refuse(self):
+        raise OSError("read-only")
+
+    caching._CacheLocator.ensure_cache_path = refuse
+    caching._SourceFileBackedLocatorMixin.ensure_cache_path = refuse
+    import numpy as np
+    import numbabn
+    from numbabn import cpu
+
+    y = numbabn.batch_norm(np.array([[1.0], [3.0]]), training=True, eps=0.0)
+    print(*y.ravel(), cpu.cache_folder())
+    """
+    )
+    assert output.split() == ["-1.0", "1.0", "None"]
+
+
+def test_kernels_agree_serial_and_parallel():
+    x = np.random.default_rng(0).standard_normal((20, 2, 4355), dtype=np.float32)
+    from numbabn.layout import arrange
+
+    layout = arrange(1, (x,))
+    both = []
+    for variant in (planes.statistics_planes.serial, planes.statistics_planes.parallel):
+        mean, m2 = np.empty(2), np.empty(2)
+        variant(layout.views[0], layout.shape, mean, m2)
+        both.append((mean, m2))
+    np.testing.assert_array_equal(both[0], both[1])

@@ -1,0 +1,77 @@
+"""Views: the right elements in the right order, and no copy where a view exists."""
+
+import cases
+import numpy as np
+import pytest
+
+from numbabn.layout import arrange
+
+
+def elements(layout, view):
+    """Read a view as a kernel does, into [C, N * S]."""
+    N, C, S, fold = layout.shape
+    n, c, s = np.ogrid[:N, : C * fold, :S]
+    values = view.data[view.origin + n * view.dn + c * view.dc + s * view.ds]
+    return values.reshape(N, C, fold, S).transpose(1, 0, 2, 3).reshape(C, -1)
+
+
+@cases.shapes
+def test_contiguous_arrays_are_viewed_whole(shape, axis):
+    x = np.arange(np.prod(shape)).reshape(shape)
+    layout = arrange(axis % x.ndim, (x,))
+    assert np.shares_memory(layout.views[0].data, x)
+    expected = np.moveaxis(x, axis, 0).reshape(shape[axis], -1)
+    np.testing.assert_array_equal(elements(layout, layout.views[0]), expected)
+
+
+@pytest.mark.parametrize("axis", range(4))
+@cases.memory
+def test_all_arrays_are_taken_in_the_same_order(lay, axis):
+    x = np.arange(9.0 * 4 * 5 * 6).reshape(9, 4, 5, 6)
+    laid, other, y = lay(x), np.asfortranarray(-x), np.zeros_like(x)
+    mask = np.zeros(-(-x.size // 8), np.uint8)
+    layout = arrange(axis, (laid, other, None), (y, None), mask=mask)
+    y_view, no_output, x_view, other_view, no_input = layout.views
+    assert no_output is None
+    assert no_input is None
+    values = elements(layout, x_view)
+    np.testing.assert_array_equal(elements(layout, other_view), -values)
+    np.testing.assert_array_equal(
+        np.sort(values), np.sort(np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1))
+    )
+    bits = elements(layout, layout.mask._replace(data=np.arange(x.size)))
+    np.testing.assert_array_equal(bits, values)
+
+    N, C, S, fold = layout.shape
+    n, c, s = np.ogrid[:N, : C * fold, :S]
+    at = y_view.origin + n * y_view.dn + c * y_view.dc + s * y_view.ds
+    y_view.data[at] = x_view.data[x_view.origin + n * x_view.dn + c * x_view.dc + s * x_view.ds]
+    layout.finish()
+    np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "order", "kind"),
+    [
+        ((8, 16, 600), 1, (0, 1, 2), "planes"),
+        ((8, 16, 60), 1, (0, 1, 2), "rows"),  # short planes as columns
+        ((7, 16, 60), 1, (0, 1, 2), "planes"),  # too few of them
+        ((8, 16), 1, (0, 1), "rows"),
+        ((8, 16), 1, (1, 0), "planes"),
+        ((8, 60, 16), 2, (0, 1, 2), "rows"),
+        ((8, 600, 16), 2, (0, 2, 1), "planes"),
+        ((8, 1, 60), 1, (0, 1, 2), "planes"),
+        ((8, 16, 1), 1, (0, 1, 2), "rows"),
+        ((1, 16, 1), 1, (0, 1, 2), "rows"),
+    ],
+)
+def test_kind_follows_memory(shape, axis, order, kind):
+    x = cases._memory_order(np.zeros(shape), order)
+    layout = arrange(axis, (x,), (np.empty_like(x),))
+    assert layout.kind == kind
+    assert not layout.copies
+
+
+def test_one_channel_is_one_long_plane():
+    layout = arrange(1, (np.zeros((5, 1, 8, 9)),))
+    assert (layout.kind, layout.shape) == ("planes", (1, 1, 360, 1))
