@@ -47,7 +47,7 @@ class BatchNorm:
     running_mean, running_var : ndarray, shape (C,), or None
         Zeros and ones at first. The variance is the unbiased one.
     num_batches_tracked : int
-        Batches seen in training mode.
+        Batches seen in training mode, without the empty ones.
     grad_weight, grad_bias : ndarray, shape (C,), or None
         Set by `backward`.
     training : bool
@@ -169,7 +169,7 @@ class BatchNorm:
             eps=self.eps,
             axis=self.axis,
         )
-        if tracked:
+        if tracked and x.size:  # an empty batch has no share in the average either
             self.num_batches_tracked = seen
         self._pass = _Pass(x, mean, invstd, training=True)
         return y
@@ -248,6 +248,8 @@ class BatchNorm:
             If a name is missing or unknown, or an array's dtype or shape is not as above. Nothing
             has been written then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__qualname__}")
         own = self._state()
         tracked = {"num_batches_tracked"} if self.track_running_stats else set()
         names = set(state.keys())
@@ -256,6 +258,9 @@ class BatchNorm:
         arrays = {name: np.asarray(state[name]) for name in own}
         for name, array in arrays.items():
             checks.per_channel(name, array, self.num_features)
+        with np.errstate(all="ignore"):
+            # Copies, because they may be this layer's own arrays under other names.
+            arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}
         if "num_batches_tracked" in names:
             seen = np.asarray(state["num_batches_tracked"])
             checks.count("num_batches_tracked", seen)

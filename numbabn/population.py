@@ -1,6 +1,7 @@
 """Statistics of a whole data set, batch by batch."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -54,7 +55,8 @@ def population_stats(
         batches = [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an iterable, got {type(batches).__qualname__}")
-    each = (batch_stats(x, axis=axis) for x in batches)
+    # A generator's variable would keep each batch until the next one is there; map lets go of it.
+    each = map(partial(batch_stats, axis=axis), batches)
     return _paper(each) if method == "paper" else sum(each, BatchStats())
 
 
@@ -63,7 +65,8 @@ def _paper(each: Iterable[BatchStats]) -> BatchStats:
     means, variances = BatchStats(), BatchStats()
     count = 0
     for stats in each:
-        if stats.count == 0:
+        if stats.count == 0:  # adds nothing but its channels
+            means, variances = means + stats, variances + stats
             continue
         if stats.count == 1:
             raise ValueError("batches: expected more than one value per channel in each, got 1")

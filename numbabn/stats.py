@@ -43,6 +43,14 @@ class BatchStats:
     mean: PerChannel = field(default_factory=_none)
     m2: PerChannel = field(default_factory=_none)
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "m2"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
+            raise ValueError(
+                f"mean, m2: expected one shape (C,), got {self.mean.shape} and {self.m2.shape}"
+            )
+
     @classmethod
     def empty(cls, num_features: int) -> BatchStats:
         """Statistics of no values in each of ``num_features`` channels: zeros."""
@@ -88,10 +96,14 @@ class BatchStats:
         part = other.count / count
         with np.errstate(all="ignore"):
             delta = other.mean - self.mean
-            # Beside an infinite mean the step is not a number, where the sum still is.
-            step = np.where(np.isfinite(delta), delta * part, other.mean)
+            # Beside an infinite mean, or where it overflows, the difference says nothing.
+            mean = np.where(
+                np.isfinite(delta),
+                self.mean + delta * part,
+                self.mean * (self.count / count) + other.mean * part,
+            )
             m2 = self.m2 + other.m2 + delta * delta * (self.count * part)
-            return BatchStats(count, self.mean + step, m2)
+            return BatchStats(count, mean, m2)
 
     def __add__(self, other: BatchStats) -> BatchStats:
         if not isinstance(other, BatchStats):

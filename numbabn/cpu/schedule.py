@@ -65,16 +65,18 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
     return dispatcher
 
 
-# A child forked after numba started its threads has none of them: OpenMP would abort there.
-_forked = False
+_threadless = False
 _reentrant = False
 _turn = threading.Lock()
 
 
 def _after_fork() -> None:
-    global _forked, _turn
-    _forked = True
+    """Keep to serial kernels if the parent's threads had started: OpenMP would abort here."""
+    global _threadless, _turn
     _turn = threading.Lock()
+    with contextlib.suppress(ValueError):  # raised where no layer has started
+        numba.threading_layer()
+        _threadless = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -95,7 +97,7 @@ class kernel:  # noqa: N801 - a decorator
 
     def __call__(self, nbytes: int, *args: Any) -> Any:
         global _reentrant
-        if nbytes < PARALLEL_BYTES or _forked:
+        if nbytes < PARALLEL_BYTES or _threadless:
             return self.serial(*args)
         if _reentrant:
             return self.parallel(*args)

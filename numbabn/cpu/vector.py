@@ -24,7 +24,7 @@ def _if_finite(value, other):
 
 @primitive
 def _shift(x):
-    """The value itself, to take deviations from, unless they would all be infinite."""
+    """Choose what to take deviations from: the value, unless all would be infinite."""
     return _if_finite(np.float64(x), 0.0)
 
 

@@ -85,6 +85,25 @@ def test_a_child_forked_after_use_computes_the_same():
     assert output.split() == ["0", "True"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_before_use_has_threads_of_its_own():
+    output = run(
+        """
+    import os
+    import numba, numpy as np
+    import numbabn
+
+    child = os.fork()
+    if child == 0:
+        numbabn.batch_norm(np.ones((20, 2, 65, 67), np.float32), training=True)
+        numba.threading_layer()  # raises if none has started
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    )
+    assert output.split() == ["0"]
+
+
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_eight_threads_at_once(layer):
     if layer == "omp":
