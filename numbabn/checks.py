@@ -53,14 +53,15 @@ def channel_axis(axis: Any, x: Any) -> int:
     return index
 
 
-def _is_array(name: str, array: Any) -> None:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array as x is, got {_kind(array)}")
+def numpy_array(name: str, array: Any) -> None:
+    """Check a NumPy array; a masked one's mask would be ignored without a word."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a NumPy array, got {_kind(array)}")
 
 
 def like(name: str, array: Any, x: Any) -> None:
     """Check an array that must have x's shape and dtype."""
-    _is_array(name, array)
+    numpy_array(name, array)
     dtype_in(name, array, (x.dtype,))
     if array.shape != x.shape:
         raise ValueError(f"{name}: expected the shape of x, {x.shape}, got {array.shape}")
@@ -68,25 +69,31 @@ def like(name: str, array: Any, x: Any) -> None:
 
 def per_channel(name: str, array: Any, channels: int, dtypes: Iterable[Any] = FLOATS) -> None:
     """Check an array of one number per channel."""
-    _is_array(name, array)
+    numpy_array(name, array)
     dtype_in(name, array, dtypes)
     if array.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {array.shape}")
 
 
-def real(name: str, value: Any) -> None:
-    """Check a finite real number; True and False are none, being misplaced arguments."""
+def real(name: str, value: Any) -> float:
+    """Return a finite real number; True and False are none, being misplaced arguments."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a real number, got {_kind(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer or a fraction beyond any float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
 
 
-def epsilon(eps: Any) -> None:
-    """Check what is added to the variance."""
-    real("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps: expected 0 or more, got {eps}")
+def epsilon(eps: Any) -> float:
+    """Return what is added to the variance."""
+    number = real("eps", eps)
+    if number < 0:
+        raise ValueError(f"eps: expected 0 or more, got {number}")
+    return number
 
 
 def positive_integer(name: str, value: Any) -> None:
@@ -120,13 +127,21 @@ def relu(activation: Any) -> bool:
     return activation is not None
 
 
-def denominator(count: int, correction: Any) -> None:
+def denominator(count: int, correction: float) -> None:
     """Check ``count - correction``, by which a running variance is divided."""
-    real("correction", correction)
     if count and count - correction <= 0:
         raise ValueError(
             f"correction: expected less than the {count} values per channel, got {correction}"
         )
+
+
+def features(x: Any, axis: Any, channels: int, dtype: Any) -> None:
+    """Check a layer's input: its dtype and its number of channels."""
+    numpy_array("x", x)
+    data("x", x)
+    dtype_in("x", x, (dtype,))
+    if x.shape[channel_axis(axis, x)] != channels:
+        raise ValueError(f"x: expected {channels} channels along axis {axis}, got shape {x.shape}")
 
 
 def trainable(x: Any, count: int) -> None:
@@ -139,7 +154,7 @@ def trainable(x: Any, count: int) -> None:
 
 def mask(bits: Any, x: Any) -> None:
     """Check a ReLU mask: one bit per element of x, in bytes."""
-    _is_array("mask", bits)
+    numpy_array("mask", bits)
     dtype_in("mask", bits, (np.dtype(np.uint8),))
     expected = (-(-x.size // 8),)
     if bits.shape != expected:
@@ -156,8 +171,10 @@ def _share(a: Any, b: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two arrays of one shape are the same elements in memory."""
     here, there = a.__array_interface__["data"][0], b.__array_interface__["data"][0]
-    return bool(here == there and a.shape == b.shape and a.strides == b.strides)
+    strides = zip(a.shape, a.strides, b.strides, strict=True)
+    return bool(here == there and all(s == t for size, s, t in strides if size > 1))
 
 
 def _overlaps_itself(array: Any) -> bool:

@@ -53,10 +53,7 @@ def fold(
     >>> w.tolist(), b.tolist()
     ([[0.5, 0.0], [0.0, 0.3333333333333333]], [-0.5, -0.6666666666666666])
     """
-    if not isinstance(conv_weight, np.ndarray):
-        raise TypeError(
-            f"conv_weight: expected a NumPy array, got {type(conv_weight).__qualname__}"
-        )
+    checks.numpy_array("conv_weight", conv_weight)
     checks.data("conv_weight", conv_weight)
     C = conv_weight.shape[0]
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
@@ -64,7 +61,7 @@ def fold(
     for name, array in (("conv_bias", conv_bias), ("weight", weight), ("bias", bias)):
         if array is not None:
             checks.per_channel(name, array, C)
-    checks.epsilon(eps)
+    eps = checks.epsilon(eps)
 
     with np.errstate(all="ignore"):
         scale = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)

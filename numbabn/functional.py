@@ -92,16 +92,22 @@ def _check_parameters(x: Any, C: int, **arrays: Any) -> None:
 
 
 def _check_running(
-    running_mean: Any, running_var: Any, count: int, momentum: Any, correction: Any
-) -> None:
-    """Check what `_update_running` will write, and by what numbers."""
-    checks.real("momentum", momentum)
-    checks.real("correction", correction)
+    running_mean: Any,
+    running_var: Any,
+    count: int,
+    momentum: Any,
+    correction: Any,
+    inputs: dict[str, Any],
+) -> tuple[float, float]:
+    """Check what `_update_running` will write; return momentum and correction as floats."""
+    momentum = checks.real("momentum", momentum)
+    correction = checks.real("correction", correction)
     if running_mean is not None:
-        checks.writable("running_mean", running_mean, {"running_var": running_var})
+        checks.writable("running_mean", running_mean, {"running_var": running_var, **inputs})
     if running_var is not None:
         checks.denominator(count, correction)
-        checks.writable("running_var", running_var, {})
+        checks.writable("running_var", running_var, inputs)
+    return momentum, correction
 
 
 def _average(running: Any, batch: PerChannel, momentum: float) -> None:
@@ -144,12 +150,15 @@ def _forward(
         "running_var": running_var,
     }
     _check_parameters(x, C, **parameters)
-    checks.epsilon(eps)
+    eps = checks.epsilon(eps)
     relu = checks.relu(activation)
     checks.trainable(x, count)
-    _check_running(running_mean, running_var, count, momentum, correction)
     _check_residual(residual, x)
-    _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
+    inputs = {"x": x, "residual": residual}
+    momentum, correction = _check_running(
+        running_mean, running_var, count, momentum, correction, inputs
+    )
+    _check_out(out, x, inputs | parameters, "x", "residual")
 
     y = _fresh(x) if out is None else out
     mask = backend.allocate_mask(x) if relu and with_mask else None
@@ -237,6 +246,7 @@ def batch_norm(
            [ 1.,  1.]])
     """
     checks.flag("training", training)
+    checks.real("momentum", momentum)
     if not training:
         return batch_norm_inference(
             x, running_mean, running_var, weight, bias,
@@ -330,7 +340,7 @@ def batch_norm_inference(
         "bias": bias,
     }
     _check_parameters(x, C, **parameters)
-    checks.epsilon(eps)
+    eps = checks.epsilon(eps)
     relu = checks.relu(activation)
     _check_residual(residual, x)
     _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
@@ -434,7 +444,7 @@ def batch_norm_backward(
     dresidual = None
     if with_residual:
         # Before dx, which may be written over dy.
-        dresidual = dy.copy(order="K") if mask is None else _fresh(x)
+        dresidual = np.array(dy) if mask is None else _fresh(x)
     dx = _fresh(x) if out is None else out
     invstd = _wide(invstd, C, 1.0)
     layout = arrange(
@@ -523,8 +533,11 @@ def update_running_stats(
     """
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats: expected BatchStats, got {type(stats).__qualname__}")
-    C = stats.mean.size
+    # Statistics that start empty know no number of channels yet.
+    C = stats.mean.size or np.size(running_mean)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         checks.per_channel(name, array, C)
-    _check_running(running_mean, running_var, stats.count, momentum, correction)
+    momentum, correction = _check_running(
+        running_mean, running_var, stats.count, momentum, correction, {}
+    )
     _update_running(running_mean, running_var, stats, momentum, correction)

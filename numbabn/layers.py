@@ -83,7 +83,6 @@ class BatchNorm:
         dtype: Any = np.float32,
     ) -> None:
         checks.positive_integer("num_features", num_features)
-        checks.epsilon(eps)
         if momentum is not None:
             checks.real("momentum", momentum)
         checks.flag("affine", affine)
@@ -91,7 +90,7 @@ class BatchNorm:
         dtype = np.dtype(dtype)
         checks.dtype_in("dtype", np.empty(0, dtype), checks.FLOATS)
         self.num_features = num_features
-        self.eps = eps
+        self.eps = checks.epsilon(eps)
         self.momentum = momentum
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -146,6 +145,7 @@ class BatchNorm:
         TypeError, ValueError
             As `numbabn.batch_norm`; the layer is then as it was.
         """
+        checks.features(x, self.axis, self.num_features, self.dtype)
         if not self.training and self.running_mean is not None and self.running_var is not None:
             y = batch_norm_inference(
                 x, self.running_mean, self.running_var, self.weight, self.bias,

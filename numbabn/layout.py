@@ -74,7 +74,7 @@ def _flat(array: Any) -> tuple[Any, int]:
     Always writeable: numba compiles anew for a read-only array, and kernels write to outputs only.
     """
     if array.flags.c_contiguous and array.flags.writeable:
-        return array.reshape(-1), 0
+        return np.asarray(array).reshape(-1), 0
     spans = [
         (size - 1) * step for size, step in zip(array.shape, element_steps(array), strict=True)
     ]

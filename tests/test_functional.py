@@ -426,6 +426,41 @@ def test_empty_batch(shape, dtype):
     np.testing.assert_array_equal(running_var, 5)
 
 
+def test_in_place_through_an_axis_of_one_place():
+    memory = cases.normal((4, 3), np.float64)
+    x, out = memory[:, :, None], memory.reshape(4, 3, 1)
+    expected = numbabn.batch_norm(x.copy(), training=True)
+    np.testing.assert_array_equal(numbabn.batch_norm(x, training=True, out=out), expected)
+
+
+def test_statistics_that_start_empty_update_nothing():
+    running_mean, running_var = np.full(3, 2.0), np.full(3, 5.0)
+    numbabn.update_running_stats(running_mean, running_var, numbabn.BatchStats())
+    assert running_mean.tolist() == [2, 2, 2]
+    assert running_var.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("of", ["x", "residual"])
+def test_running_statistics_within_an_input_are_refused(name, of):
+    operands = {"x": cases.normal((4, 3)), "residual": cases.normal((4, 3), seed=1)}
+    before = {key: value.copy() for key, value in operands.items()}
+    with pytest.raises(ValueError, match=f"{name}: expected memory of its own.*{of}"):
+        numbabn.batch_norm_forward(**operands, **{name: operands[of][0]})
+    for key, value in operands.items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_memmaps_in_plain_arrays_out(tmp_path):
+    memory = np.memmap(tmp_path / "x", np.float32, "w+", shape=(9, 4, 5))
+    memory[...] = cases.normal((9, 4, 5))
+    result = numbabn.batch_norm_forward(memory)
+    gradients = numbabn.batch_norm_backward(memory, memory, None, *result[1:3], with_residual=True)
+    for array in (result.y, gradients.dx, gradients.dresidual):
+        assert type(array) is np.ndarray
+    np.testing.assert_array_equal(result.y, numbabn.batch_norm(np.array(memory), training=True))
+
+
 def test_saved_statistics_may_be_float32():
     p = Problem((9, 4, 5), 1, np.float32, 2**-23)
     _, mean, invstd, _ = numbabn.batch_norm_forward(p.x, p.weight)
