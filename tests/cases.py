@@ -104,8 +104,5 @@ MEMORY = {
 }
 
 shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
-large_shapes = pytest.mark.parametrize(
-    ("shape", "axis"), [SHAPES[name] for name in LARGE], ids=LARGE
-)
 dtypes = pytest.mark.parametrize(("dtype", "ulp"), TOLERANCES.values(), ids=TOLERANCES)
 memory = pytest.mark.parametrize("lay", MEMORY.values(), ids=MEMORY)
