@@ -111,5 +111,5 @@ class kernel:  # noqa: N801 - a decorator
 
 def cache_folder(of: kernel) -> str | None:
     """Where compiled kernels are kept between processes; None if nowhere could be written."""
-    path: str | None = getattr(of.serial.stats, "cache_path", None)
+    path: str | None = None if numba.config.DISABLE_JIT else of.serial.stats.cache_path
     return path
