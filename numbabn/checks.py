@@ -7,23 +7,27 @@ kinds and dtypes.
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+WIDE = (np.dtype(np.float32), np.dtype(np.float64))
+NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+FLOATS = (*NARROW, *WIDE)
 
 
-def _names(dtypes: Iterable[Any]) -> str:
-    return " or ".join(str(dtype) for dtype in dtypes)
+def _names(dtypes: Collection[Any]) -> str:
+    *names, last = map(str, dtypes)
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def _kind(value: Any) -> str:
     return type(value).__qualname__
 
 
-def dtype_in(name: str, array: Any, dtypes: Iterable[Any]) -> None:
+def dtype_in(name: str, array: Any, dtypes: Collection[Any]) -> None:
     """Refuse a dtype that is not among those given; the same in the other byte order is not."""
     if array.dtype not in dtypes or not array.dtype.isnative:
         order = "" if array.dtype.isnative else " (byte-swapped)"
@@ -67,7 +71,12 @@ def like(name: str, array: Any, x: Any) -> None:
         raise ValueError(f"{name}: expected the shape of x, {x.shape}, got {array.shape}")
 
 
-def per_channel(name: str, array: Any, channels: int, dtypes: Iterable[Any] = FLOATS) -> None:
+def parameter_dtypes(dtype: Any) -> tuple[Any, ...]:
+    """Give the dtypes of parameters beside data: its own, or float32 beside 16 bits."""
+    return (dtype, np.dtype(np.float32)) if dtype in NARROW else (dtype,)
+
+
+def per_channel(name: str, array: Any, channels: int, dtypes: Collection[Any] = FLOATS) -> None:
     """Check an array of one number per channel."""
     numpy_array(name, array)
     dtype_in(name, array, dtypes)
@@ -136,10 +145,10 @@ def denominator(count: int, correction: float) -> None:
 
 
 def features(x: Any, axis: Any, channels: int, dtype: Any) -> None:
-    """Check a layer's input: its dtype and its number of channels."""
+    """Check a layer's input against the dtype of its parameters and its number of channels."""
     numpy_array("x", x)
     data("x", x)
-    dtype_in("x", x, (dtype,))
+    dtype_in("x", x, [d for d in FLOATS if dtype in parameter_dtypes(d)])
     if x.shape[channel_axis(axis, x)] != channels:
         raise ValueError(f"x: expected {channels} channels along axis {axis}, got shape {x.shape}")
 

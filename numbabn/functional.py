@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
     dx : ndarray
         Of x's shape and dtype.
     dweight, dbias : ndarray, shape (C,)
-        In weight's dtype, or x's where there is no weight.
+        In weight's dtype; where there is no weight in x's, or float32 if that has 16 bits.
     dresidual : ndarray or None
         dy through the activation, if it was asked for.
     """
@@ -88,7 +88,7 @@ def _check_out(out: Any, x: Any, inputs: dict[str, Any], *in_place: str) -> None
 def _check_parameters(x: Any, C: int, **arrays: Any) -> None:
     for name, array in arrays.items():
         if array is not None:
-            checks.per_channel(name, array, C, (x.dtype,))
+            checks.per_channel(name, array, C, checks.parameter_dtypes(x.dtype))
 
 
 def _check_running(
@@ -195,12 +195,12 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 2 or more dimensions
+    x : ndarray of float16, bfloat16, float32 or float64, 2 or more dimensions
         Any strides.
     running_mean, running_var : ndarray, shape (C,), optional
-        In training, updated in place where given:
-        ``running = (1 - momentum) * running + momentum * batch``. Required otherwise, and then
-        only read.
+        In x's dtype, or float32 beside 16-bit x, as weight and bias. In training, updated in
+        place where given: ``running = (1 - momentum) * running + momentum * batch``. Required
+        otherwise, and then only read.
     weight, bias : ndarray, shape (C,), optional
         Scale and shift; None means ones and zeros.
     training : bool
@@ -379,7 +379,7 @@ def batch_norm_backward(
     ----------
     dy : ndarray
         The gradient by y, of x's shape and dtype.
-    x : ndarray of float32 or float64
+    x : ndarray of float16, bfloat16, float32 or float64
         The forward pass's input.
     weight : ndarray, shape (C,), or None
         The scale; None means ones.
@@ -427,8 +427,8 @@ def batch_norm_backward(
     checks.flag("with_residual", with_residual)
     checks.like("dy", dy, x)
     _check_parameters(x, C, weight=weight)
-    checks.per_channel("mean", mean, C)
-    checks.per_channel("invstd", invstd, C)
+    checks.per_channel("mean", mean, C, checks.WIDE)
+    checks.per_channel("invstd", invstd, C, checks.WIDE)
     if training:
         checks.trainable(x, count)
     if mask is not None:
@@ -436,7 +436,7 @@ def batch_norm_backward(
     inputs = {"dy": dy, "x": x, "weight": weight, "mean": mean, "invstd": invstd, "mask": mask}
     _check_out(out, x, inputs, "dy", "x")
 
-    dtype = x.dtype if weight is None else weight.dtype
+    dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
     if x.size == 0:
         dx = _fresh(x) if out is None else out
         dresidual = _fresh(x) if with_residual else None
@@ -464,7 +464,7 @@ def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 2 or more dimensions
+    x : ndarray of float16, bfloat16, float32 or float64, 2 or more dimensions
         Any strides.
     axis : int
         Which dimension is the channel.

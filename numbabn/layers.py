@@ -38,7 +38,7 @@ class BatchNorm:
     axis : int
         Which dimension of x is the channel.
     dtype : dtype
-        float32 or float64, of parameters and running statistics.
+        Of parameters and running statistics. A float32 layer takes float16 and bfloat16 too.
 
     Attributes
     ----------
@@ -133,7 +133,8 @@ class BatchNorm:
         Parameters
         ----------
         x : ndarray
-            Of the layer's dtype. Kept, not copied, for `backward`.
+            Of the layer's dtype, or of 16 bits for a float32 layer. It is kept, not copied, for
+            `backward`.
 
         Returns
         -------

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 SHORT_PLANE = 512  # places; below, planes run as rows of C * S columns ...
 MANY_PLANES = 8  # ... if a column has at least so many elements
+
+# numba compiles no 16-bit floats: kernels take the integers that hold their bits.
+_STORED = {np.dtype(np.float16): np.uint16, np.dtype(ml_dtypes.bfloat16): np.int16}
 
 Steps = tuple[int, ...]
 
@@ -82,6 +86,11 @@ def _flat(array: Any) -> tuple[Any, int]:
     high = sum(span for span in spans if span > 0)
     address = array.__array_interface__["data"][0] + low * array.itemsize
     return np.asarray(_Memory(array, address, high - low + 1)), -low
+
+
+def _stored(array: Any) -> Any:
+    tag = None if array is None else _STORED.get(array.dtype)
+    return array if tag is None else array.view(tag)
 
 
 def element_steps(array: Any) -> Steps:
@@ -163,6 +172,7 @@ def arrange(
         `Layout.finish` writes back those of outputs.
     """
     # Outputs first: they are never broadcast, so their steps tell how memory is laid out.
+    outputs, inputs = [_stored(a) for a in outputs], [_stored(a) for a in inputs]
     arrays = [*outputs, *inputs]
     given = [a for a in arrays if a is not None]
     shape = given[0].shape

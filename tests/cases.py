@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -45,6 +46,10 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {"float32": Tolerance(np.float32, 2**-23), "float64": Tolerance(np.float64, 2**-48)}
+NARROW = {
+    "float16": Tolerance(np.float16, 2**-10),
+    "bfloat16": Tolerance(ml_dtypes.bfloat16, 2**-7),
+}
 
 
 def axis_shape(shape, axis):
@@ -105,4 +110,5 @@ MEMORY = {
 
 shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize(("dtype", "ulp"), TOLERANCES.values(), ids=TOLERANCES)
+narrow_dtypes = pytest.mark.parametrize(("dtype", "ulp"), NARROW.values(), ids=NARROW)
 memory = pytest.mark.parametrize("lay", MEMORY.values(), ids=MEMORY)

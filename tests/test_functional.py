@@ -72,7 +72,7 @@ class Problem:
         )  # fmt: skip
         dx, dweight, dbias, dresidual = expected
         count = self.x.size // self.weight.size
-        dy = np.abs(self.dy).max()
+        dy = float(np.abs(self.dy).max())
         normal = np.abs((self.x - self.column(mean)) * self.column(invstd)).max()
         self.close(got.dx, dx, (np.abs(self.weight) * invstd).max() * dy * (2 + normal**2))
         self.close(got.dweight, dweight, count * dy * normal, ulps=1)
@@ -84,18 +84,14 @@ def passed_bits(mask, x):
     return np.unpackbits(mask, bitorder="little", count=x.size).reshape(x.shape).astype(bool)
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis", "with_residual", "activation"), TRAINING.values(), ids=TRAINING
-)
-@cases.dtypes
-def test_training(shape, axis, dtype, ulp, with_residual, activation):
-    p = Problem(shape, axis, dtype, ulp, with_residual=with_residual, activation=activation)
+def check_training(p):
+    """Forward and backward, in training and eval mode, against the oracle."""
     running_mean, running_var = p.running_mean.copy(), p.running_var.copy()
     result = numbabn.batch_norm_forward(
         p.x, p.weight, p.bias, running_mean, running_var, momentum=0.3, **p.keywords
     )
 
-    count, mean, m2 = reference.statistics(p.x, axis=axis)
+    count, mean, m2 = reference.statistics(p.x, axis=p.axis)
     invstd = 1 / np.sqrt(m2 / count + 1e-5)
     np.testing.assert_allclose(result.mean, mean, rtol=1e-14, atol=1e-15)
     np.testing.assert_allclose(result.invstd, invstd, rtol=1e-13)
@@ -107,7 +103,7 @@ def test_training(shape, axis, dtype, ulp, with_residual, activation):
     p.close(running_mean, new_mean, np.abs(new_mean), ulps=1)
     p.close(running_var, new_var, np.abs(new_var), ulps=1)
 
-    if activation is None:
+    if p.activation is None:
         assert result.mask is None
         passed = None
     else:
@@ -119,13 +115,80 @@ def test_training(shape, axis, dtype, ulp, with_residual, activation):
     for training in (True, False):
         gradients = numbabn.batch_norm_backward(
             p.dy, p.x, p.weight, result.mean, result.invstd,
-            axis=axis, training=training, mask=result.mask, with_residual=with_residual,
+            axis=p.axis, training=training, mask=result.mask, with_residual=p.residual is not None,
         )  # fmt: skip
         dresidual = p.check_gradients(gradients, mean, invstd, passed, training=training)
-        if with_residual:
+        if p.residual is not None:
             np.testing.assert_array_equal(gradients.dresidual, dresidual)
         else:
             assert gradients.dresidual is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "with_residual", "activation"), TRAINING.values(), ids=TRAINING
+)
+@cases.dtypes
+def test_training(shape, axis, dtype, ulp, with_residual, activation):
+    check_training(
+        Problem(shape, axis, dtype, ulp, with_residual=with_residual, activation=activation)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in cases.SHAPES if name not in cases.LARGE])
+@cases.narrow_dtypes
+def test_sixteen_bits(name, dtype, ulp):
+    for keywords in ({}, {"with_residual": True, "activation": "relu"}):
+        check_training(Problem(*cases.SHAPES[name], dtype, ulp, **keywords))
+
+
+@pytest.mark.parametrize("name", cases.LARGE)
+def test_sixteen_bits_on_threads(name):
+    check_training(Problem(*cases.SHAPES[name], *cases.NARROW["float16"]))
+
+
+def rounded(values, dtype):
+    """Round float32 as NumPy does, to the nearest, ties to even, beyond the largest to infinity."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+@cases.narrow_dtypes
+def test_every_sixteen_bit_number_is_read_and_rounded_right(dtype, ulp):
+    x = np.arange(2**16, dtype=np.uint16).view(dtype).reshape(-1, 1)
+    one = np.ones(1, np.float32)
+    zero = np.zeros(1, np.float32)
+    for scale in (1.0, 1.00390625, 0.7, 3e-5, 1e4):
+        weight = np.full(1, scale, np.float32)
+        y = numbabn.batch_norm_inference(x, zero, one, weight, eps=0.0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = rounded(x.astype(np.float32) * weight, dtype)
+        np.testing.assert_array_equal(y.astype(np.float32), expected.astype(np.float32))
+
+
+@cases.narrow_dtypes
+@pytest.mark.parametrize("shape", [(9, 5, 13), (2, 17, 23, 23), (50, 7)])
+def test_sixteen_bits_beside_float32_parameters(shape, dtype, ulp):
+    x, dy = cases.normal(shape, dtype, offset=8), cases.normal(shape, dtype, seed=1)
+    weight, bias, running_mean = (cases.normal(shape[1], np.float32, seed=s) for s in (2, 3, 4))
+    running_var = np.ones(shape[1], np.float32)
+    expected_mean, expected_var = reference.running_update(
+        running_mean, running_var, *reference.statistics(x)
+    )
+    result = numbabn.batch_norm_forward(x, weight, bias, running_mean, running_var)
+    expected, mean, invstd = reference.forward(x, weight, bias)
+    assert result.y.dtype == dtype
+    np.testing.assert_allclose(result.y.astype(np.float64), expected, rtol=ulp, atol=ulp / 8)
+    np.testing.assert_allclose(result.mean, mean, rtol=1e-14)
+    np.testing.assert_allclose(result.invstd, invstd, rtol=1e-12)
+    np.testing.assert_allclose(running_mean, expected_mean, rtol=1e-6)
+    np.testing.assert_allclose(running_var, expected_var, rtol=1e-6)
+    gradients = numbabn.batch_norm_backward(dy, x, weight, mean, invstd)
+    _, dweight, dbias, _ = reference.backward(dy, x, weight, mean, invstd)
+    assert gradients.dx.dtype == dtype
+    assert gradients.dweight.dtype == gradients.dbias.dtype == np.float32
+    np.testing.assert_allclose(gradients.dweight, dweight, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients.dbias, dbias, rtol=1e-5, atol=1e-5)
+    assert numbabn.batch_norm_backward(dy, x, None, mean, invstd).dbias.dtype == np.float32
 
 
 @cases.shapes

@@ -269,7 +269,7 @@ class TestStateDict:
             (
                 {"running_var": np.ones(C, int)},
                 TypeError,
-                "running_var: expected float32 or float64, got int64",
+                "running_var: expected float16, bfloat16, float32 or float64, got int64",
             ),
             (
                 {"num_batches_tracked": np.float64(3)},
@@ -332,8 +332,12 @@ class TestErrors:
             ({"momentum": True}, TypeError, "momentum: expected a real number, got bool"),
             ({"affine": "no"}, TypeError, "affine: expected True or False, got 'no'"),
             ({"track_running_stats": None}, TypeError, "track_running_stats: expected True or"),
-            ({"dtype": np.int64}, TypeError, "dtype: expected float32 or float64, got int64"),
-            ({"dtype": ">f4"}, TypeError, r"dtype: expected float32 or .* \(byte-swapped\)"),
+            (
+                {"dtype": np.int64},
+                TypeError,
+                "dtype: expected float16, bfloat16, float32 or float64, got int64",
+            ),
+            ({"dtype": ">f4"}, TypeError, r"dtype: expected .*float32 or .* \(byte-swapped\)"),
         ],
     )
     def test_constructor(self, arguments, error, message):
@@ -356,7 +360,11 @@ class TestErrors:
                 r"x: expected 5 channels along axis 1, got shape \(8, 6\)",
             ),
             (np.ones((8, C), np.float32), TypeError, "x: expected float64, got float32"),
-            (np.ones((8, C), int), TypeError, "x: expected float32 or float64, got int64"),
+            (
+                np.ones((8, C), int),
+                TypeError,
+                "x: expected float16, bfloat16, float32 or float64, got int64",
+            ),
             (np.ones(C), ValueError, "x: expected 2 or more dimensions"),
             ([[1.0] * C] * 8, TypeError, "x: expected a NumPy array, got list"),
         ],

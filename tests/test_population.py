@@ -143,7 +143,11 @@ def test_far_from_zero(offset):
         (7.0, TypeError, "batches: expected an iterable, got float"),
         ([[[1.0, 2.0]]], TypeError, "x: expected a NumPy array, got list"),
         (np.ma.ones((4, 3)), TypeError, "x: expected a NumPy array, got MaskedArray"),
-        ([np.ones((4, 3), int)], TypeError, "x: expected float32 or float64, got int64"),
+        (
+            [np.ones((4, 3), int)],
+            TypeError,
+            "x: expected float16, bfloat16, float32 or float64, got int64",
+        ),
         ([np.ones(4)], ValueError, r"x: expected 2 or more dimensions, got shape \(4,\)"),
         ([np.ones((4, 3)), np.ones((4, 2))], ValueError, "expected 3 channels, got 2"),
         ([np.ones((4, 3)), np.ones((0, 2))], ValueError, "expected 3 channels, got 2"),

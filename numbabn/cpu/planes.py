@@ -8,6 +8,7 @@ finds them in cache.
 import numpy as np
 from numba import prange
 
+from .intrinsics import as_computed
 from .schedule import PLANE_TILE, TILES_PER_PIECE, kernel, primitive
 from .vector import (
     affine,
@@ -121,7 +122,7 @@ def _dx_piece(
     dy_high, high, slope, scale, shift = gradient_affine(
         x, mean, invstd, weight, total / count, product / count
     )
-    zero = x.data.dtype.type(0)
+    zero = as_computed(0.0, x.data)
     x_spare, dy_spare, gate_spare, dx_spare = _spare(x), _spare(x), _spare(x), _spare(x)
     for t in _tiles_of(shape, piece):
         n, s, size = _tile(shape, t)

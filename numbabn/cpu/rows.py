@@ -10,6 +10,7 @@ from numba import prange
 from .schedule import ROW_BLOCK, ROW_TILE, TILES_PER_PIECE, kernel, primitive
 from .vector import (
     affine,
+    computed,
     finish_columns,
     gate,
     gradient_affine,
@@ -132,7 +133,7 @@ def normalize_rows(
     for task in prange(pieces * blocks):
         first, last, j, end = _block(shape, task)
         size = end - j
-        high, scale, shift = _spare(x)[:size], _spare(x)[:size], _spare(x)[:size]
+        high, scale, shift = computed(size, x.data), computed(size, x.data), computed(size, x.data)
         for c in range(j // fold, (end - 1) // fold + 1):
             channel = affine(x, mean[c], invstd[c], weight[c], bias[c])
             _fill(high, j, fold, c, channel[0])
@@ -210,8 +211,8 @@ def dx_rows(
     for task in prange(pieces * blocks):
         first, last, j, end = _block(shape, task)
         size = end - j
-        dy_high, high, slope = _spare(x)[:size], _spare(x)[:size], _spare(x)[:size]
-        scale, shift = _spare(x)[:size], _spare(x)[:size]
+        dy_high, high = computed(size, x.data), computed(size, x.data)
+        slope, scale, shift = computed(size, x.data), computed(size, x.data), computed(size, x.data)
         for c in range(j // fold, (end - 1) // fold + 1):
             channel = gradient_affine(
                 x, mean[c], invstd[c], weight[c], total[c] / count, product[c] / count
@@ -221,7 +222,8 @@ def dx_rows(
             _fill(slope, j, fold, c, channel[2])
             _fill(scale, j, fold, c, channel[3])
             _fill(shift, j, fold, c, channel[4])
-        zeros = np.zeros(size, x.data.dtype)
+        zeros = computed(size, x.data)
+        zeros[:] = 0
         x_spare, dy_spare, gate_spare, dx_spare = _spare(x), _spare(x), _spare(x), _spare(x)
         for m in range(first, last):
             gated = gate_spare[:size]

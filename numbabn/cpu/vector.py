@@ -6,15 +6,17 @@ itself, so that with ``n`` elements cancellation costs at most a factor ``n`` of
 """
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-from .intrinsics import OCTET, keep_where, or_byte, positive_bits
+from .intrinsics import OCTET, as_computed, keep_where, narrow, or_byte, positive_bits, wide
 from .schedule import primitive, summing
 
 
 @primitive
 def _deviation(x, shift):
     """``x - shift``, which a sum around it may not take apart."""
-    return np.float64(x) - shift
+    return np.float64(wide(x)) - shift
 
 
 @primitive
@@ -25,7 +27,7 @@ def _if_finite(value, other):
 @primitive
 def _shift(x):
     """Choose what to take deviations from: the value, unless all would be infinite."""
-    return _if_finite(np.float64(x), 0.0)
+    return _if_finite(np.float64(wide(x)), 0.0)
 
 
 @summing
@@ -54,23 +56,23 @@ def merge(count, mean, m2, count_b, mean_b, m2_b):
 @primitive
 def normalize(x, residual, y, mean, scale, shift, relu):  # x, residual, y [n]
     for i in range(x.size):
-        z = (x[i] - mean) * scale + shift
+        z = (wide(x[i]) - mean) * scale + shift
         if residual is not None:
-            z += residual[i]
+            z += wide(residual[i])
         if relu and z <= 0:
-            z = x.dtype.type(0)
-        y[i] = z
+            z = as_computed(0.0, x)
+        y[i] = narrow(z, y)
 
 
 @primitive
 def normalize_columns(x, residual, y, mean, scale, shift, relu):  # all [c]
     for i in range(x.size):
-        z = (x[i] - mean[i]) * scale[i] + shift[i]
+        z = (wide(x[i]) - mean[i]) * scale[i] + shift[i]
         if residual is not None:
-            z += residual[i]
+            z += wide(residual[i])
         if relu and z <= 0:
-            z = x.dtype.type(0)
-        y[i] = z
+            z = as_computed(0.0, x)
+        y[i] = narrow(z, y)
 
 
 @summing
@@ -78,7 +80,7 @@ def products(dy, x, mean):  # dy, x [n] -> sum of dy, sum of dy * (x - mean)
     total = 0.0
     product = 0.0
     for i in range(x.size):
-        g = np.float64(dy[i])
+        g = np.float64(wide(dy[i]))
         total += g
         product += g * _deviation(x[i], mean)
     return total, product
@@ -87,13 +89,15 @@ def products(dy, x, mean):  # dy, x [n] -> sum of dy, sum of dy * (x - mean)
 @primitive
 def input_gradient(dy, x, dx, dy_mean, mean, slope, scale, shift):  # dy, x, dx [n]
     for i in range(x.size):
-        dx[i] = ((dy[i] - dy_mean) - (x[i] - mean) * slope) * scale + shift
+        d = (wide(dy[i]) - dy_mean) - (wide(x[i]) - mean) * slope
+        dx[i] = narrow(d * scale + shift, dx)
 
 
 @primitive
 def input_gradient_columns(dy, x, dx, dy_mean, mean, slope, scale, shift):  # all [c]
     for i in range(x.size):
-        dx[i] = ((dy[i] - dy_mean[i]) - (x[i] - mean[i]) * slope[i]) * scale[i] + shift[i]
+        d = (wide(dy[i]) - dy_mean[i]) - (wide(x[i]) - mean[i]) * slope[i]
+        dx[i] = narrow(d * scale[i] + shift[i], dx)
 
 
 @primitive
@@ -147,36 +151,56 @@ def merge_equal(count, means, m2s):
 @primitive
 def sum_products_columns(dy, x, mean, total, product):  # all [c]
     for i in range(x.size):
-        g = np.float64(dy[i])
+        g = np.float64(wide(dy[i]))
         total[i] += g
         product[i] += g * _deviation(x[i], mean[i])
 
 
+def _computed(size, row):
+    raise NotImplementedError("for compiled code")
+
+
+@overload(_computed)
+def _overload_computed(size, row):
+    dtype = np.float64 if row.dtype == types.float64 else np.float32
+    return lambda size, row: np.empty(size, dtype)
+
+
+@primitive
+def computed(size, row):
+    """Room for ``size`` numbers as those of ``row`` are computed."""
+    return _computed(size, row)
+
+
 @primitive
 def affine(x, mean, invstd, weight, bias):
-    """``(x - high) * scale + shift`` in x's dtype: what is lost of the mean goes into the shift.
+    """Give the constants of `normalize` as x is computed: what high loses of the mean, shift has.
 
     ``x - high`` is exact near the mean (Sterbenz), at any offset.
     """
-    T = x.data.dtype.type
-    high = T(mean)
-    scale = T(weight * invstd)
-    return high, scale, T(bias - (mean - high) * scale)
+    high = as_computed(mean, x.data)
+    scale = as_computed(weight * invstd, x.data)
+    return high, scale, as_computed(bias - (mean - high) * scale, x.data)
 
 
 @primitive
 def gradient_affine(x, mean, invstd, weight, dy_mean, product_mean):
-    """Give the constants of `input_gradient` in x's dtype, both means split as in `affine`.
+    """Give the constants of `input_gradient` as x is computed, both means split as in `affine`.
 
     Ioffe & Szegedy (2015), section 3, the gradients of the loss, gathered by x and dy.
     """
-    T = x.data.dtype.type
-    dy_high = T(dy_mean)
-    high = T(mean)
+    dy_high = as_computed(dy_mean, x.data)
+    high = as_computed(mean, x.data)
     slope = product_mean * invstd * invstd
     scale = weight * invstd
     shift = ((mean - high) * slope - (dy_mean - dy_high)) * scale
-    return dy_high, high, T(slope), T(scale), T(shift)
+    return (
+        dy_high,
+        high,
+        as_computed(slope, x.data),
+        as_computed(scale, x.data),
+        as_computed(shift, x.data),
+    )
 
 
 @primitive
@@ -219,7 +243,7 @@ def _bit(mask, bit):
 @primitive
 def _set_bits(y, first, last, mask, bit, step):
     for i in range(first, last):
-        if not y[i] <= 0:
+        if not wide(y[i]) <= 0:
             at = bit + i * step
             or_byte(mask, at >> 3, np.uint8(1 << (at & 7)))
 
