@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 # Borders of the CPU kernels crossed here: tiles of 4096 places and 128 rows, pieces of 16 tiles,
-# blocks of 256 columns, planes shorter than 512 as columns, 16 channels and 128 KiB.
+# blocks of 256 columns, planes shorter than 512 as columns, rows narrower than 16 as planes,
+# 16 channels and 128 KiB.
 SHAPES = {
-    "NC": ((5, 7), 1),
+    "NC": ((5, 37), 1),
     "NC C=1": ((127, 1), 1),
     "NC N=2": ((2, 300), 1),
     "NC narrow": ((1000, 3), -1),
-    "NC several pieces": ((4099, 11), 1),
+    "NC several pieces": ((4099, 19), 1),
     "NC wide": ((131, 521), 1),
     "CN": ((17, 301), 0),
     "NCL columns": ((9, 5, 13), 1),
@@ -27,8 +28,9 @@ SHAPES = {
     "NCHW C=1": ((5, 1, 8, 9), 1),
     "NCHW S=1": ((13, 33, 1, 1), 1),
     "NCDHW": ((2, 4, 3, 5, 7), 1),
-    "NHWC": ((3, 5, 7, 11), -1),
-    "NHWC large": ((5, 23, 29, 13), -1),
+    "NHWC": ((3, 5, 7, 33), -1),
+    "NHWC narrow": ((3, 5, 7, 11), -1),
+    "NHWC large": ((5, 23, 29, 17), -1),
     "NHCW": ((3, 5, 7, 11), 2),
     "CNHW": ((3, 5, 7, 11), 0),
 }

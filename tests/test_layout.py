@@ -60,6 +60,8 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
         ((8, 16), 1, (1, 0), "planes"),
         ((8, 60, 16), 2, (0, 1, 2), "rows"),
         ((8, 600, 16), 2, (0, 2, 1), "planes"),
+        ((8, 60, 15), 2, (0, 1, 2), "planes"),  # too narrow for rows
+        ((8, 15), 1, (0, 1), "planes"),
         ((8, 1, 60), 1, (0, 1, 2), "planes"),
         ((8, 16, 1), 1, (0, 1, 2), "rows"),
         ((1, 16, 1), 1, (0, 1, 2), "rows"),

@@ -55,7 +55,14 @@ def _tile(shape, t):
 
 @primitive
 def _spare(view):
-    return np.empty(PLANE_TILE, view.data.dtype)
+    """Room for a row that has to be gathered; none if rows lie in memory as they are."""
+    return np.empty(0 if view.ds == 1 else PLANE_TILE, view.data.dtype)
+
+
+@primitive
+def _gate_spare(mask, x):
+    """Room for a row of dy through the ReLU."""
+    return np.empty(0 if mask is None else PLANE_TILE, x.data.dtype)
 
 
 @primitive
@@ -76,7 +83,7 @@ def _piece_moments(x, shape, c, piece, spare):
 @primitive
 def _normalize_piece(x, residual, y, mask, shape, c, piece, mean, invstd, weight, bias, relu):
     high, scale, shift = affine(x, mean, invstd, weight, bias)
-    x_spare, residual_spare, y_spare = _spare(x), _spare(x), _spare(x)
+    x_spare, y_spare = _spare(x), _spare(y)
     for t in _tiles_of(shape, piece):
         n, s, size = _tile(shape, t)
         x_row = _row(x, n, c, s, size, x_spare)
@@ -85,7 +92,7 @@ def _normalize_piece(x, residual, y, mask, shape, c, piece, mean, invstd, weight
         if residual is None:
             normalize(x_row, None, y_row, high, scale, shift, relu)
         else:
-            residual_row = _row(residual, n, c, s, size, residual_spare)
+            residual_row = _row(residual, n, c, s, size, _spare(residual))
             normalize(x_row, residual_row, y_row, high, scale, shift, relu)
         store(y, at, y.ds, y_row)
         if mask is not None:
@@ -104,7 +111,7 @@ def _gated_row(dy, mask, n, c, s, size, spare, gated):
 @primitive
 def _piece_products(dy, x, mask, shape, c, piece, mean):
     total, product = 0.0, 0.0
-    x_spare, dy_spare, gate_spare = _spare(x), _spare(x), _spare(x)
+    x_spare, dy_spare, gate_spare = _spare(x), _spare(dy), _gate_spare(mask, x)
     for t in _tiles_of(shape, piece):
         n, s, size = _tile(shape, t)
         dy_row = _gated_row(dy, mask, n, c, s, size, dy_spare, gate_spare[:size])
@@ -123,7 +130,8 @@ def _dx_piece(
         x, mean, invstd, weight, total / count, product / count
     )
     zero = as_computed(0.0, x.data)
-    x_spare, dy_spare, gate_spare, dx_spare = _spare(x), _spare(x), _spare(x), _spare(x)
+    x_spare, dy_spare, dx_spare = _spare(x), _spare(dy), _spare(dx)
+    gate_spare = _gate_spare(mask, x)
     for t in _tiles_of(shape, piece):
         n, s, size = _tile(shape, t)
         gated = gate_spare[:size]

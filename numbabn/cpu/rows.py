@@ -50,7 +50,14 @@ def _at(view, shape, m, j):
 
 @primitive
 def _spare(view):
-    return np.empty(ROW_BLOCK, view.data.dtype)
+    """Room for a row that has to be gathered; none if rows lie in memory as they are."""
+    return np.empty(0 if view.dc == 1 else ROW_BLOCK, view.data.dtype)
+
+
+@primitive
+def _gate_spare(mask, x):
+    """Room for a row of dy through the ReLU."""
+    return np.empty(0 if mask is None else ROW_BLOCK, x.data.dtype)
 
 
 @primitive
@@ -139,7 +146,7 @@ def normalize_rows(
             _fill(high, j, fold, c, channel[0])
             _fill(scale, j, fold, c, channel[1])
             _fill(shift, j, fold, c, channel[2])
-        x_spare, residual_spare, y_spare = _spare(x), _spare(x), _spare(x)
+        x_spare, y_spare = _spare(x), _spare(y)
         for m in range(first, last):
             x_row = _row(x, shape, m, j, size, x_spare)
             at = _at(y, shape, m, j)
@@ -147,7 +154,7 @@ def normalize_rows(
             if residual is None:
                 normalize_columns(x_row, None, y_row, high, scale, shift, relu)
             else:
-                residual_row = _row(residual, shape, m, j, size, residual_spare)
+                residual_row = _row(residual, shape, m, j, size, _spare(residual))
                 normalize_columns(x_row, residual_row, y_row, high, scale, shift, relu)
             store(y, at, y.dc, y_row)
             if mask is not None:
@@ -173,7 +180,7 @@ def backward_reduce_rows(
         means = np.empty(size)
         for c in range(j // fold, (end - 1) // fold + 1):
             _fill(means, j, fold, c, mean[c])
-        x_spare, dy_spare, gated = _spare(x), _spare(x), _spare(x)[:size]
+        x_spare, dy_spare, gated = _spare(x), _spare(dy), _gate_spare(mask, x)[:size]
         for m in range(first, last):
             sum_products_columns(
                 _gated_row(dy, mask, shape, m, j, size, dy_spare, gated),
@@ -224,7 +231,8 @@ def dx_rows(
             _fill(shift, j, fold, c, channel[4])
         zeros = computed(size, x.data)
         zeros[:] = 0
-        x_spare, dy_spare, gate_spare, dx_spare = _spare(x), _spare(x), _spare(x), _spare(x)
+        x_spare, dy_spare, dx_spare = _spare(x), _spare(dy), _spare(dx)
+        gate_spare = _gate_spare(mask, x)
         for m in range(first, last):
             gated = gate_spare[:size]
             if dresidual is not None:

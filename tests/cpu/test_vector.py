@@ -3,6 +3,7 @@
 import re
 
 import cases
+import numba
 import numpy as np
 import pytest
 
@@ -84,15 +85,16 @@ PACKED = {
 }
 
 
-def arguments(name, dtype):
-    row, wide, one = np.ones(64, dtype), np.ones(64), dtype(1)
+def arguments(name, stored, computed):
+    row, wide, one = np.ones(64, stored), np.ones(64), computed(1)
+    each = np.ones(64, computed)
     return {
         "moments": (row,),
         "normalize": (row, None, row, one, one, one, True),
-        "normalize_columns": (row, row, row, row, row, row, True),
+        "normalize_columns": (row, row, row, each, each, each, True),
         "products": (row, row, 1.0),
         "input_gradient": (row, row, row, one, one, one, one, one),
-        "input_gradient_columns": (row, row, row, row, row, row, row, row),
+        "input_gradient_columns": (row, row, row, each, each, each, each, each),
         "sum_columns": (row, wide, wide, wide),
         "merge_columns": (5, wide, wide, 7, wide, wide),
         "sum_products_columns": (row, row, wide, wide, wide),
@@ -100,8 +102,9 @@ def arguments(name, dtype):
 
 
 def assembly(primitive, *arguments):
-    primitive(*arguments)
-    return primitive.inspect_asm(primitive.signatures[-1])
+    signature = tuple(numba.typeof(argument) for argument in arguments)
+    primitive.compile(signature)
+    return primitive.inspect_asm(signature)
 
 
 @pytest.mark.parametrize(
@@ -118,16 +121,22 @@ def assembly(primitive, *arguments):
         ("sum_products_columns", True),
     ],
 )
-@cases.dtypes
-def test_arithmetic_is_packed(name, wide, dtype, ulp):
-    code = assembly(getattr(vector, name), *arguments(name, dtype))
-    assert PACKED["float64" if wide else np.dtype(dtype).name].search(code)
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        pytest.param(np.float32, np.float32, id="float32"),
+        pytest.param(np.float64, np.float64, id="float64"),
+        pytest.param(np.uint16, np.float32, id="float16"),
+        pytest.param(np.int16, np.float32, id="bfloat16"),
+    ],
+)
+def test_arithmetic_is_packed(name, wide, stored, computed):
+    code = assembly(getattr(vector, name), *arguments(name, stored, computed))
+    assert PACKED["float64" if wide else computed.__name__].search(code)
 
 
 def test_the_check_of_packed_arithmetic_can_fail():
-    from numba import njit
-
-    @njit  # no reassociation: the sum stays in order, one number at a time
+    @numba.njit  # no reassociation: the sum stays in order, one number at a time
     def plain_sum(x):
         total = 0.0
         for i in range(x.size):
