@@ -6,16 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-# Borders of the CPU kernels crossed here: tiles of 4096 places and 128 rows, pieces of 16 tiles,
-# blocks of 256 columns, planes shorter than 512 as columns, rows narrower than 16 as planes,
-# 16 channels and 128 KiB.
+# Borders of the CPU kernels crossed here: tiles of 4096 places and 128 rows, pieces of 16 and 4
+# tiles, blocks of 1024 columns, planes shorter than 512 as columns, rows narrower than 16 as
+# planes, 16 channels and 128 KiB.
 SHAPES = {
     "NC": ((5, 37), 1),
     "NC C=1": ((127, 1), 1),
     "NC N=2": ((2, 300), 1),
     "NC narrow": ((1000, 3), -1),
     "NC several pieces": ((4099, 19), 1),
-    "NC wide": ((131, 521), 1),
+    "NC wide": ((131, 1061), 1),
     "CN": ((17, 301), 0),
     "NCL columns": ((9, 5, 13), 1),
     "NCL few planes": ((3, 5, 13), 1),

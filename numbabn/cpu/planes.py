@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from .intrinsics import as_computed
-from .schedule import PLANE_TILE, TILES_PER_PIECE, kernel, primitive
+from .schedule import PLANE_PIECE, PLANE_TILE, kernel, primitive
 from .vector import (
     affine,
     gate,
@@ -35,13 +35,13 @@ def _tiles(shape):
 
 @primitive
 def _pieces(shape):
-    return -(-_tiles(shape) // TILES_PER_PIECE)
+    return -(-_tiles(shape) // PLANE_PIECE)
 
 
 @primitive
 def _tiles_of(shape, piece):
-    first = piece * TILES_PER_PIECE
-    return range(first, min(first + TILES_PER_PIECE, _tiles(shape)))
+    first = piece * PLANE_PIECE
+    return range(first, min(first + PLANE_PIECE, _tiles(shape)))
 
 
 @primitive

@@ -1,13 +1,14 @@
 """Kernels on rows ``[N, S, C]``: a row holds one value of each channel, or ``fold`` of each.
 
-The grid of tasks is pieces of rows by blocks of columns; a column's sums stay in L1 while a piece
-goes by. Column ``j`` belongs to channel ``j // fold``: short planes are rows of ``C * S`` columns.
+The grid of tasks is pieces of rows by blocks of columns; a column's sums stay in cache while a
+piece goes by. Column ``j`` belongs to channel ``j // fold``: short planes are rows of ``C * S``
+columns.
 """
 
 import numpy as np
 from numba import prange
 
-from .schedule import ROW_BLOCK, ROW_TILE, TILES_PER_PIECE, kernel, primitive
+from .schedule import ROW_BLOCK, ROW_PIECE, ROW_TILE, kernel, primitive
 from .vector import (
     affine,
     computed,
@@ -28,7 +29,7 @@ from .vector import (
     sum_products_columns,
 )
 
-PIECE = ROW_TILE * TILES_PER_PIECE
+PIECE = ROW_TILE * ROW_PIECE
 
 
 @primitive

@@ -29,7 +29,7 @@ BITS = """
     import numba, numpy as np
     import numbabn
 
-    shapes = [((4099, 19), 1), ((131, 521), 1), ((3, 19, 31, 37), 1), ((20, 2, 65, 67), 1)]
+    shapes = [((4099, 19), 1), ((131, 1061), 1), ((3, 19, 31, 37), 1), ((20, 2, 65, 67), 1)]
     for threads in {threads}:
         numba.set_num_threads(threads)
         digest = hashlib.sha256()
