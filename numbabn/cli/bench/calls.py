@@ -1,0 +1,40 @@
+"""numbabn's own call of each operation, with its result preallocated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import numbabn
+
+from .arrays import EPS, MOMENTUM, Arrays
+from .cases import DTYPES, Case
+
+
+def call_of(case: Case, arrays: Arrays) -> Callable[[], Any]:
+    """Return the call that is checked and timed."""
+    x, other, weight, bias = arrays.x, arrays.other, arrays.weight, arrays.bias
+    running = arrays.running_mean, arrays.running_var
+    options: dict[str, Any] = {"axis": case.axis, "out": arrays.out}
+    training = options | {"momentum": MOMENTUM, "eps": EPS}
+    fused = training | {"residual": other, "activation": "relu"}
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: numbabn.batch_norm_forward(x, weight, bias, *running, **training),
+        "inference": lambda: numbabn.batch_norm_inference(
+            x, *running, weight, bias, eps=EPS, **options
+        ),
+        "backward": lambda: numbabn.batch_norm_backward(
+            other, x, weight, arrays.mean, arrays.invstd, **options
+        ),
+        "add_relu": lambda: numbabn.batch_norm_forward(x, weight, bias, *running, **fused),
+    }
+    return calls[case.op]
+
+
+def refusal(dtype: str) -> str | None:
+    """Ask the library whether it takes a dtype; return why not."""
+    try:
+        numbabn.batch_stats(np.zeros((2, 1), DTYPES[dtype]))
+    except TypeError as error:
+        return str(error)
+    return None
