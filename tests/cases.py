@@ -16,10 +16,11 @@ SHAPES = {
     "NC narrow": ((1000, 3), -1),
     "NC several pieces": ((4099, 19), 1),
     "NC wide": ((131, 1061), 1),
+    "NCHW columns, large": ((33, 67, 7, 7), 1),
     "CN": ((17, 301), 0),
     "NCL columns": ((9, 5, 13), 1),
     "NCL few planes": ((3, 5, 13), 1),
-    "NCHW columns": ((11, 67, 7, 7), 1),
+    "NCHW columns": ((11, 29, 7, 7), 1),
     "NCHW fused": ((2, 17, 23, 23), 1),
     "NCHW fused, large": ((3, 19, 31, 37), 1),
     "NCHW few channels": ((2, 3, 24, 25), 1),
@@ -34,7 +35,14 @@ SHAPES = {
     "NHCW": ((3, 5, 7, 11), 2),
     "CNHW": ((3, 5, 7, 11), 0),
 }
-LARGE = ["NC several pieces", "NC wide", "NCHW fused, large", "NCHW tiles", "NHWC large"]
+LARGE = [
+    "NC several pieces",
+    "NC wide",
+    "NCHW columns, large",
+    "NCHW fused, large",
+    "NCHW tiles",
+    "NHWC large",
+]
 
 
 class Tolerance(NamedTuple):
