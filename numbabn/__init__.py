@@ -1,4 +1,4 @@
-"""Batch normalization on NumPy arrays, at the speed of memory, without a framework."""
+"""Batch normalization on NumPy arrays, without a framework."""
 
 from .fold import fold
 from .functional import (

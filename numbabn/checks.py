@@ -43,10 +43,7 @@ def data(name: str, x: Any) -> None:
 
 def channel_axis(axis: Any, x: Any) -> int:
     """Return the channel axis counted from the front, if x has it and a channel along it."""
-    try:
-        index: int = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis: expected an integer, got {_kind(axis)}") from None
+    index: int = integer("axis", axis)
     if not -x.ndim <= index < x.ndim:
         raise ValueError(
             f"axis: expected {-x.ndim} to {x.ndim - 1} for shape {x.shape}, got {index}"
@@ -105,12 +102,18 @@ def epsilon(eps: Any) -> float:
     return number
 
 
-def positive_integer(name: str, value: Any) -> None:
-    """Check a size."""
+def integer(name: str, value: Any) -> int:
+    """Return an integer."""
     try:
-        index = operator.index(value)
+        number: int = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {_kind(value)}") from None
+    return number
+
+
+def positive_integer(name: str, value: Any) -> None:
+    """Check a size."""
+    index = integer(name, value)
     if index < 1:
         raise ValueError(f"{name}: expected 1 or more, got {index}")
 

@@ -62,6 +62,8 @@ def fold(
         if array is not None:
             checks.per_channel(name, array, C)
     eps = checks.epsilon(eps)
+    # Subclasses such as np.matrix multiply in a way of their own.
+    conv_weight = np.asarray(conv_weight)
 
     with np.errstate(all="ignore"):
         scale = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)

@@ -53,7 +53,8 @@ def _wide(array: Any, channels: int, default: float) -> PerChannel:
     """One contiguous float64 number per channel, as the kernels take them."""
     if array is None:
         return np.full(channels, default)
-    return np.ascontiguousarray(array, np.float64)
+    # A copy, because numba compiles anew for a read-only array.
+    return np.array(array, np.float64)
 
 
 def _invstd(var: PerChannel, eps: float) -> PerChannel:
@@ -449,7 +450,7 @@ def batch_norm_backward(
     invstd = _wide(invstd, C, 1.0)
     layout = arrange(
         axis, (dy, x), (dx, None if mask is None else dresidual),
-        mask=None if mask is None else np.ascontiguousarray(mask),
+        mask=None if mask is None else np.require(mask, requirements=["C", "W"]),
     )  # fmt: skip
     total, product = backend.backward(
         layout, _wide(weight, C, 1.0), _wide(mean, C, 0.0), invstd, bool(training)

@@ -83,10 +83,13 @@ class BatchNorm:
         dtype: Any = np.float32,
     ) -> None:
         checks.positive_integer("num_features", num_features)
+        checks.integer("axis", axis)
         if momentum is not None:
             checks.real("momentum", momentum)
         checks.flag("affine", affine)
         checks.flag("track_running_stats", track_running_stats)
+        if dtype is None:  # which NumPy takes for float64
+            raise TypeError("dtype: expected a float dtype, got None")
         dtype = np.dtype(dtype)
         checks.dtype_in("dtype", np.empty(0, dtype), checks.FLOATS)
         self.num_features = num_features
@@ -259,6 +262,7 @@ class BatchNorm:
         arrays = {name: np.asarray(state[name]) for name in own}
         for name, array in arrays.items():
             checks.per_channel(name, array, self.num_features)
+            checks.writable(name, own[name], {})
         with np.errstate(all="ignore"):
             # Copies, because they may be this layer's own arrays under other names.
             arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}

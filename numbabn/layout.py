@@ -189,7 +189,7 @@ def arrange(
     if plan is None:
         arrays = [
             *(None if a is None else np.empty(a.shape, a.dtype) for a in outputs),
-            *(None if a is None else np.array(a, order="C", subok=False) for a in inputs),
+            *(None if a is None else np.require(a, requirements=["C", "A"]) for a in inputs),
         ]
         copies = tuple(
             (output, stand_in)

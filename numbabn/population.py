@@ -30,7 +30,8 @@ def population_stats(
     Returns
     -------
     BatchStats
-        ``count`` is that of all values, ``var`` the population variance by the method.
+        ``count`` is that of all values, ``var`` the population variance by the method. That of
+        "paper" is unbiased already: give ``correction=0`` beside it.
 
     Raises
     ------

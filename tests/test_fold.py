@@ -108,3 +108,13 @@ def test_errors(name, value, error, expected, came):
     arguments = valid(KERNELS["linear"]) | {name: value}
     with pytest.raises(error, match=f"^{name}: expected .*{expected}.*, got .*{came}"):
         numbabn.fold(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_a_matrix_is_an_array():
+    matrix = np.arange(12.0).reshape(4, 3).view(np.matrix)
+    mean, var = np.arange(4.0), np.arange(1.0, 5.0)
+    got = numbabn.fold(matrix, None, mean, var)
+    for array, expected in zip(got, numbabn.fold(np.asarray(matrix), None, mean, var), strict=True):
+        assert type(array) is np.ndarray
+        np.testing.assert_array_equal(array, expected)

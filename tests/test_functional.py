@@ -376,6 +376,29 @@ def test_float32_is_exact_at_any_offset(shape, axis, offset):
 
 
 @cases.shapes
+@pytest.mark.parametrize(("x_offset", "dy_offset"), [(1e2, 0), (1e6, 0), (0, 1e4), (1e4, 1e2)])
+def test_float32_gradients_are_exact_at_any_offset(shape, axis, x_offset, dy_offset):
+    x = cases.normal(shape, np.float32, seed=1, offset=x_offset)
+    dy = cases.normal(shape, np.float32, seed=2, offset=dy_offset)
+    _, mean, invstd = reference.forward(x, axis=axis)
+    expected, _, _, _ = reference.backward(dy, x, None, mean, invstd, axis=axis)
+    dx = numbabn.batch_norm_backward(dy, x, None, mean, invstd, axis=axis).dx
+    # Steeper than 1 where few values have little variance.
+    assert np.abs(dx - expected).max() < 4e-6 * max(1, invstd.max())
+
+
+def test_only_what_has_no_view_is_copied():
+    x = np.ones((32, 32, 32, 32), np.float32)
+    out = np.zeros((32, 32, 34, 34), np.float32)[:, :, 1:-1, 1:-1]
+    numbabn.batch_norm(x, training=True, out=out)
+    tracemalloc.start()
+    numbabn.batch_norm(x, training=True, out=out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * x.nbytes
+
+
+@cases.shapes
 @cases.dtypes
 @pytest.mark.parametrize("constant", [0.0, 1.0, -3.7, 1e10, 1e30, 1e-40])
 def test_a_constant_channel_gives_exactly_bias(shape, axis, dtype, ulp, constant):

@@ -25,8 +25,9 @@ TITLES = {
     "mlp": "three hidden layers of 100 sigmoid units",
     "conv": "two convolutions of 16 and 32 channels with sigmoids",
 }
-# On the digits about the best, of 0.1, 0.5, 1, 2, for the networks without normalization.
-LEARNING_RATES = {"mlp": 1.0, "conv": 0.5}
+# On the digits the best, of 0.5, 1 and 2 and over seeds 0 to 2, for the networks without
+# normalization, so that the comparison does not flatter it.
+LEARNING_RATES = {"mlp": 2.0, "conv": 1.0}
 FORMATS = (".png", ".pdf", ".svg")
 
 

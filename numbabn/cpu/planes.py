@@ -252,7 +252,7 @@ def dx_planes(
     x,  # [N, C, S]
     dx,  # [N, C, S], written
     mask,  # bits [N, C, S] or None
-    dresidual,  # [N, C, S], written, or None
+    dresidual,  # [N, C, S], written, or None; only beside a mask
     shape,  # N, C, S, 1
     mean,  # [C], as invstd, weight, total and product
     invstd,
@@ -276,7 +276,7 @@ def backward_planes(
     x,  # [N, C, S]
     dx,  # [N, C, S], written
     mask,  # bits [N, C, S] or None
-    dresidual,  # [N, C, S], written, or None
+    dresidual,  # [N, C, S], written, or None; only beside a mask
     shape,  # N, C, S, 1
     mean,  # [C], as invstd and weight
     invstd,

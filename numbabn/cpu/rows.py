@@ -128,7 +128,7 @@ def normalize_rows(
     x,  # [N, S, C]
     residual,  # [N, S, C] or None
     y,  # [N, S, C], written
-    mask,  # bits [N, S, C], written, or None
+    mask,  # bits [N, S, C], written, or None; only beside a mask
     shape,  # N, C, S, fold
     mean,  # [C], as invstd, weight and bias
     invstd,
@@ -204,7 +204,7 @@ def dx_rows(
     x,  # [N, S, C]
     dx,  # [N, S, C], written
     mask,  # bits [N, S, C] or None
-    dresidual,  # [N, S, C], written, or None
+    dresidual,  # [N, S, C], written, or None; only beside a mask
     shape,  # N, C, S, fold
     mean,  # [C], as invstd, weight, total and product
     invstd,

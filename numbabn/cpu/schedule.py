@@ -17,6 +17,7 @@ from typing import Any
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 
 PLANE_TILE = 4096  # elements of a plane summed in one go: 16 KiB of float32, half of an L1 cache
 PLANE_PIECE = 16  # tiles of one channel that make one task
@@ -82,6 +83,12 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+    # A child forked while another thread compiles would wait for that thread for ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 class kernel:  # noqa: N801 - a decorator

@@ -396,7 +396,7 @@ def test_bench(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     for line in (
-        "forward nchw float32", "backward nc float32", "geometric means",
+        " float32 ", "forward nchw", "backward nc", "geometric means",
         "forward and inference 1 read + 1 write; backward 2 reads + 1 write",
         "6 of 6 cases agree with the float64 oracle.", "1 thread on ",
     ):  # fmt: skip

@@ -53,7 +53,7 @@ def test_demo(capsys, model):
         "model": model,
         "steps": 30,
         "batch_size": 60,
-        "learning_rate": {"mlp": 1.0, "conv": 0.5}[model],
+        "learning_rate": {"mlp": 2.0, "conv": 1.0}[model],
         "seed": 3,
     }
     for series in document["without"], document["with"]:

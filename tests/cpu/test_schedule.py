@@ -104,6 +104,35 @@ def test_a_child_forked_before_use_has_threads_of_its_own():
     assert output.split() == ["0"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_waits_for_a_thread_that_compiles():
+    output = run(
+        CALL
+        + """
+    import os, signal, threading, warnings
+    from numba.core.compiler_lock import global_compiler_lock
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
+    compiling = threading.Event()
+
+    def compile_for_a_while():
+        with global_compiler_lock:
+            compiling.set()
+            threading.Event().wait(0.5)
+
+    threading.Thread(target=compile_for_a_while).start()
+    compiling.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that hangs
+        with global_compiler_lock:
+            os._exit(0 if right() else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    )
+    assert output.split() == ["0"]
+
+
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_eight_threads_at_once(layer):
     if layer == "omp":

@@ -11,9 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .measurement import Result
-from .sampling import Timing
 
-OURS, GREY, DARK = "#0b62a4", "#777777", "#222222"
+BLUE, GREY, DARK = "#0b62a4", "#777777", "#222222"
 PEERS = {
     "torch": ("D", "#c8501e"),
     "onnxruntime": ("s", "#7a3ea1"),
@@ -21,6 +20,7 @@ PEERS = {
     "numpy": ("o", "#8a6d00"),
 }
 Key = tuple[str, str, str]  # layout, dtype, shape
+OURS = "numbabn"
 FARTHEST = 1.5  # of the limit; what is faster yet stands at the edge
 STYLE: Any = {
     "font.size": 9,
@@ -45,8 +45,8 @@ def draw(path: Path, found: list[Result], peers: list[str], subtitle: str) -> No
     inches = 1.55 + 0.25 * (lowest + 1)
     values = [value for result in timed for value in _fractions(result, peers).values()]
     right = min(max([1.0, *values]), FARTHEST)
-    if any(_alpha(result.timing, result) < 1 for result in timed):
-        subtitle += "; pale: too disturbed to rely on"
+    if any(_shaky(result, name) for result in timed for name in _fractions(result, peers)):
+        subtitle += "; pale, hollow: too disturbed to rely on"
     with rc_context(STYLE):
         figure = Figure(figsize=(12, inches), dpi=150)
         panels = figure.subplots(1, max(1, len(ops)), sharey=True, squeeze=False)[0]
@@ -78,15 +78,16 @@ def _fractions(result: Result, peers: list[str]) -> dict[str, float]:
     """Give the limit's time as a fraction of numbabn's and of each able peer's."""
     assert result.fraction is not None
     ratios = {peer: result.ratio(peer) for peer in peers}
-    return {"numbabn": result.fraction} | {
+    return {OURS: result.fraction} | {
         peer: result.fraction / ratio for peer, ratio in ratios.items() if ratio is not None
     }
 
 
-def _alpha(timing: Timing | None, result: Result) -> float:
-    """Fade what cannot be relied on, be it the time or the limit."""
+def _shaky(result: Result, name: str) -> bool:
+    """Whether the limit, or the time of numbabn or a peer, is not to be relied on."""
+    timing = result.timing if name == OURS else result.peers[name].best
     limit = None if result.limit is None else result.limits[result.limit]
-    return 0.35 if any(t is not None and t.noisy for t in (timing, limit)) else 1.0
+    return any(t is not None and t.noisy for t in (timing, limit))
 
 
 def _rows(timed: list[Result]) -> dict[Key, float]:
@@ -113,19 +114,20 @@ def _draw_panel(
     axes.axvline(1, color=DARK, linewidth=1.2)
     for result in results:
         height, fractions = rows[_key(result)], _fractions(result, peers)
-        fraction = fractions.pop("numbabn")
-        alpha = _alpha(result.timing, result)
-        axes.barh(height, min(fraction, FARTHEST), height=0.62, color=OURS, alpha=alpha)
+        fraction = fractions.pop(OURS)
+        alpha = 0.35 if _shaky(result, OURS) else 1
+        axes.barh(height, min(fraction, FARTHEST), height=0.62, color=BLUE, alpha=alpha)
         axes.text(
             axes.get_xlim()[1], height, f"{fraction:.2f}", ha="right", va="center",
-            color=OURS, alpha=alpha, fontweight="bold",
+            color=BLUE, alpha=alpha, fontweight="bold",
         )  # fmt: skip
         for peer, fraction in fractions.items():
             marker, color = PEERS[peer]
+            shaky = _shaky(result, peer)
             axes.plot(
-                min(fraction, FARTHEST), height, marker, color=color, markersize=6,
-                markeredgecolor="white", markeredgewidth=0.8, zorder=3,
-                alpha=_alpha(result.peers[peer].best, result),
+                min(fraction, FARTHEST), height, marker, markersize=6, zorder=3,
+                color="white" if shaky else color, markeredgecolor=color if shaky else "white",
+                markeredgewidth=0.9,
             )  # fmt: skip
 
 
@@ -139,7 +141,7 @@ def _name_groups(axes: Axes, rows: dict[Key, float]) -> None:
 
 
 def _draw_legend(figure: Figure, peers: list[str], top: float) -> None:
-    handles: list[Any] = [Patch(color=OURS, label="numbabn")]
+    handles: list[Any] = [Patch(color=BLUE, label=OURS)]
     for peer in peers:
         marker, color = PEERS[peer]
         handles.append(

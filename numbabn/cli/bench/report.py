@@ -57,19 +57,22 @@ def progress(console: Console, cases: int) -> Iterator[Callable[[str], None]]:
 def results(found: list[Result], peers: list[str]) -> Table:
     """Lay the results out by op, layout and dtype, geometric means at the end."""
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    table.add_column("", no_wrap=True)
+    dtypes = {result.case.dtype for result in found}
+    common = dtypes.pop() if len(dtypes) == 1 else ""
+    table.add_column(common, no_wrap=True)
     for heading in "ms ", "±", "GB/s", "limit\nGB/s   ", "of the\nlimit":
         table.add_column(heading, justify="right", no_wrap=True)
     for peer in peers:
         table.add_column(f"{peer}\nms   ratio", justify="right", no_wrap=True)
     for name, group in groupby(found, group_of):
-        table.add_row(f"[bold]{name}[/]")
+        table.add_row(f"[bold]{name.removesuffix(common)}[/]")
         for result in group:
             table.add_row(result.case.name, *_cells(result), *(_peer(result, p) for p in peers))
         table.add_section()
     table.add_row("[bold]geometric means[/]")
     for name, mean in means(found, peers).items():
         ratios = (_ratio(mean["ratios"][peer]) for peer in peers)
+        name = name.removesuffix(common)
         table.add_row(name, "", "", "", "", _fraction(mean["fraction_of_limit"]), *ratios)
     return table
 

@@ -21,7 +21,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    # Every distinct one of ResNet-50 at 224x224 but the inner 1x1 and 3x3 ones of equal size.
+    # All of ResNet-50 at 224x224 as first published, its strides in the 1x1 convolutions.
     "resnet50": Suite((
         (64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 28, 28), (512, 28, 28),
         (256, 14, 14), (1024, 14, 14), (512, 7, 7), (2048, 7, 7),

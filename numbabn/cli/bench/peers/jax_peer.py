@@ -13,10 +13,8 @@ jax: Any = None  # loaded in the peer's own process alone
 
 
 def load(threads: int) -> str:
-    """Keep the process to as many cores, import it, return its version."""
+    """Import it, return its version; XLA reads the number of threads from the environment."""
     global jax
-    if hasattr(os, "sched_setaffinity"):  # what XLA sizes its pool by
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
