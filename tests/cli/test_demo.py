@@ -169,7 +169,7 @@ def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for default in "mlp", "2000", "60", "1.0 for mlp, 0.5 for conv", "0", "demo.png":
+    for default in "mlp", "2000", "60", "2.0 for mlp, 1.0 for conv", "0", "demo.png":
         assert f"(default: {default})" in text
 
 
