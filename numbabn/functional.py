@@ -166,11 +166,11 @@ def _forward(
     if x.size == 0:
         return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), eps), mask)
     layout = arrange(axis, (x, residual), (y,), mask=mask)
-    mean, m2 = backend.forward(layout, _wide(weight, C, 1.0), _wide(bias, C, 0.0), eps, relu)
+    mean, invstd = backend.forward(
+        layout, (weight, bias, running_mean, running_var), eps, momentum, correction, relu
+    )
     layout.finish()
-    stats = BatchStats(count, mean, m2)
-    _update_running(running_mean, running_var, stats, momentum, correction)
-    return ForwardResult(y, mean, stats.invstd(eps), mask)
+    return ForwardResult(y, mean, invstd, mask)
 
 
 def batch_norm(
@@ -350,12 +350,7 @@ def batch_norm_inference(
     if x.size:
         layout = arrange(axis, (x, residual), (y,))
         backend.normalize(
-            layout,
-            _wide(running_mean, C, 0.0),
-            _invstd(_wide(running_var, C, 1.0), eps),
-            _wide(weight, C, 1.0),
-            _wide(bias, C, 0.0),
-            relu,
+            layout, (weight, bias, running_mean, running_var), eps, relu
         )
         layout.finish()
     return y
@@ -447,17 +442,14 @@ def batch_norm_backward(
         # Before dx, which may be written over dy.
         dresidual = np.array(dy) if mask is None else _fresh(x)
     dx = _fresh(x) if out is None else out
-    invstd = _wide(invstd, C, 1.0)
+    dweight, dbias = np.empty(C, dtype), np.empty(C, dtype)
     layout = arrange(
         axis, (dy, x), (dx, None if mask is None else dresidual),
         mask=None if mask is None else np.require(mask, requirements=["C", "W"]),
     )  # fmt: skip
-    total, product = backend.backward(
-        layout, _wide(weight, C, 1.0), _wide(mean, C, 0.0), invstd, bool(training)
-    )
+    backend.backward(layout, weight, mean, invstd, dweight, dbias, bool(training))
     layout.finish()
-    with np.errstate(all="ignore"):
-        return Gradients(dx, (product * invstd).astype(dtype), total.astype(dtype), dresidual)
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:

@@ -1,6 +1,6 @@
 """The five operations on NumPy arrays, as views that `numbabn.layout` made.
 
-Per-channel arrays are contiguous float64, whatever the data are: C numbers each.
+Per-channel results are contiguous float64, whatever the data are: C numbers each.
 """
 
 from typing import Any
@@ -9,90 +9,79 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import Layout
-from . import planes, rows, schedule
+from . import compilation, planes, rows, schedule
+from .arguments import Backward, Forward, Gradients, Parameters, Settings
 
 PerChannel = npt.NDArray[np.float64]
 
 _STATISTICS = {"planes": planes.statistics_planes, "rows": rows.statistics_rows}
 _NORMALIZE = {"planes": planes.normalize_planes, "rows": rows.normalize_rows}
-_BACKWARD_REDUCE = {"planes": planes.backward_reduce_planes, "rows": rows.backward_reduce_rows}
-_DX = {"planes": planes.dx_planes, "rows": rows.dx_rows}
-
-
-def _fused(layout: Layout) -> bool:
-    """Whether a channel at a time keeps every core busy, by the shape alone."""
-    return layout.kind == "planes" and layout.shape[1] >= schedule.FUSE_CHANNELS
+_FORWARD = {"planes": planes.forward_planes, "rows": rows.forward_rows}
+_BACKWARD = {"planes": planes.backward_planes, "rows": rows.backward_rows}
 
 
 def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:
     """Give mean and M2 of each channel. Views: x."""
-    (x,) = layout.views
+    x, _ = layout.views
     C = layout.shape[1]
     mean, m2 = np.empty(C), np.empty(C)
-    _STATISTICS[layout.kind](layout.nbytes, x, layout.shape, mean, m2)
+    plan = schedule.plan("statistics", layout)
+    _STATISTICS[layout.kind](plan, Forward(None, x, None, None), mean, m2)
     return mean, m2
 
 
-def normalize(
-    layout: Layout,
-    mean: PerChannel,
-    invstd: PerChannel,
-    weight: PerChannel,
-    bias: PerChannel,
-    relu: bool,
-) -> None:
-    """``y = act((x - mean) * invstd * weight + bias + residual)``. Views: y, x, residual."""
-    y, x, residual = layout.views
+def normalize(layout: Layout, parameters: tuple[Any, ...], eps: float, relu: bool) -> None:
+    """``y = act((x - mean) * invstd * weight + bias + residual)``. Views: y, x, residual.
+
+    Parameters are weight, bias, running mean and running variance.
+    """
     _NORMALIZE[layout.kind](
-        2 * layout.nbytes,
-        x, residual, y, layout.mask, layout.shape, mean, invstd, weight, bias, relu,
+        schedule.plan("normalize", layout),
+        Forward(*layout.views), Parameters(*parameters, None, None), Settings(eps, 0.0, 0.0, relu),
     )  # fmt: skip
 
 
 def forward(
-    layout: Layout, weight: PerChannel, bias: PerChannel, eps: float, relu: bool
+    layout: Layout,
+    parameters: tuple[Any, ...],
+    eps: float,
+    momentum: float,
+    correction: float,
+    relu: bool,
 ) -> tuple[PerChannel, PerChannel]:
-    """Give mean and M2 of each channel, and `normalize` by them. Views: y, x, residual."""
-    y, x, residual = layout.views
-    N, C, S, fold = layout.shape
-    mean, m2 = np.empty(C), np.empty(C)
-    if _fused(layout):
-        planes.forward_planes(
-            2 * layout.nbytes,
-            x, residual, y, layout.mask, layout.shape, weight, bias, eps, relu, mean, m2,
-        )  # fmt: skip
-    else:
-        _STATISTICS[layout.kind](layout.nbytes, x, layout.shape, mean, m2)
-        with np.errstate(all="ignore"):
-            invstd = 1.0 / np.sqrt(m2 / (N * S * fold) + eps)
-        normalize(layout, mean, invstd, weight, bias, relu)
-    return mean, m2
+    """`normalize` by the batch's own mean and invstd, which are returned. Views: y, x, residual.
+
+    Parameters are as there, but the running ones, where given, are updated.
+    """
+    C = layout.shape[1]
+    mean, invstd = np.empty(C), np.empty(C)
+    _FORWARD[layout.kind](
+        schedule.plan("forward", layout),
+        Forward(*layout.views), Parameters(*parameters, mean, invstd),
+        Settings(eps, momentum, correction, relu),
+    )  # fmt: skip
+    return mean, invstd
 
 
 def backward(
-    layout: Layout, weight: PerChannel, mean: PerChannel, invstd: PerChannel, training: bool
-) -> tuple[PerChannel, PerChannel]:
-    """Write dx; give the sums of dy and of dy * (x - mean). Views: dx, dresidual, dy, x."""
-    dx, dresidual, dy, x = layout.views
-    mask, shape = layout.mask, layout.shape
-    total, product = np.empty(shape[1]), np.empty(shape[1])
-    if _fused(layout):
-        planes.backward_planes(
-            3 * layout.nbytes,
-            dy, x, dx, mask, dresidual, shape, mean, invstd, weight, total, product, training,
-        )  # fmt: skip
-    else:
-        _BACKWARD_REDUCE[layout.kind](2 * layout.nbytes, dy, x, mask, shape, mean, total, product)
-        _DX[layout.kind](
-            3 * layout.nbytes,
-            dy, x, dx, mask, dresidual, shape, mean, invstd, weight, total, product, training,
-        )  # fmt: skip
-    return total, product
+    layout: Layout,
+    weight: Any,
+    mean: PerChannel,
+    invstd: PerChannel,
+    dweight: Any,
+    dbias: Any,
+    training: bool,
+) -> None:
+    """Write dx, dresidual, dweight and dbias. Views: dx, dresidual, dy, x."""
+    _BACKWARD[layout.kind](
+        schedule.plan("backward", layout),
+        Backward(*layout.views), Gradients(weight, mean, invstd, dweight, dbias), training,
+    )  # fmt: skip
 
 
 def cache_folder() -> str | None:
     """Where compiled kernels are kept between processes; None if no folder can be written."""
-    return schedule.cache_folder(planes.statistics_planes)
+    return compilation.cache_folder(planes.statistics_planes)
 
 
 def allocate_mask(x: Any) -> Any:

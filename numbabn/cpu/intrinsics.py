@@ -1,161 +1,486 @@
-"""What numba cannot say by itself: 16-bit floats, and eight comparisons packed into one byte.
+"""What numba cannot say by itself: pointers, and sixteen numbers at once in registers.
 
-numba compiles no arrays of 16-bit floats. They come as the integers that hold their bits, float16
-as uint16 and bfloat16 as int16, and are converted in registers.
-
-A mask holds one bit per element, bit ``i`` of the flat index in bit ``i % 8`` of byte ``i // 8``.
+Numbers are loaded as `Lanes`: sixteen at a time, and, whatever memory stores, as they are computed
+with. numba compiles no arrays of 16-bit floats; they come as the integers that hold their bits,
+float16 as uint16 and bfloat16 as int16.
 """
+
+import operator
+import platform
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
-OCTET = 8  # elements per byte of a mask
-_BYTE = ir.IntType(8)
-_BITS = ir.VectorType(ir.IntType(1), OCTET)
+LANES = 16
+LINE = 64  # bytes of a cache line
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
-_FLOAT16, _BFLOAT16 = types.uint16, types.int16
-_STORED = (types.float32, types.float64, _FLOAT16, _BFLOAT16)
-
-
-def _wide_type(stored):
-    """Choose what numbers of a stored type are computed in."""
-    return types.float64 if stored == types.float64 else types.float32
-
-
-def _widen(builder, stored, value, lanes=0):
-    """Convert a stored number, or a vector of ``lanes`` of them, to what it is computed in."""
-
-    def kind(scalar):
-        return ir.VectorType(scalar, lanes) if lanes else scalar
-
-    if stored == _FLOAT16:
-        return builder.fpext(builder.bitcast(value, kind(ir.HalfType())), kind(ir.FloatType()))
-    if stored == _BFLOAT16:
-        # A bfloat16 is the upper half of a float32.
-        bits = kind(ir.IntType(32))
-        sixteen = ir.Constant(bits, [16] * lanes if lanes else 16)
-        high = builder.shl(builder.zext(value, bits), sixteen)
-        return builder.bitcast(high, kind(ir.FloatType()))
-    return value
+_BOOL, _BYTE, _HALF, _I16 = ir.IntType(1), ir.IntType(8), ir.HalfType(), ir.IntType(16)
+_I32, _I64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_COMPUTED = {types.float32: _FLOAT, types.float64: _DOUBLE}
+FLOAT16, BFLOAT16 = types.uint16, types.int16
+STORED = (types.float32, types.float64, FLOAT16, BFLOAT16)
+# Rounding differs with contraction, so every operation has the same flags wherever it stands.
+_FLAGS = ("contract", "nsz")
 
 
-def _narrow(builder, stored, value):
-    """Convert a computed number to a stored type, to the nearest, ties to even."""
-    if stored == _FLOAT16:
-        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-    if stored == _BFLOAT16:
-        bits = builder.bitcast(value, ir.IntType(32))
+# Pointers.
 
-        def constant(number):
-            return ir.Constant(ir.IntType(32), number)
 
-        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-        rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-        # Rounding could carry a NaN's payload away; setting its quiet bit keeps it one.
-        quiet = builder.or_(bits, constant(0x00400000))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        kept = builder.select(is_nan, quiet, rounded)
-        return builder.trunc(builder.lshr(kept, constant(16)), ir.IntType(16))
-    return value
+def _is_pointer(kind, dtypes=STORED):
+    return isinstance(kind, types.CPointer) and kind.dtype in dtypes
 
 
 @intrinsic
-def wide(typing_context, value):
-    """Convert a stored number to what it is computed in: float32 for 16 bits, else itself."""
-    if value not in _STORED:
-        return None
+def moved(typing_context, pointer, elements):
+    """``pointer + elements``."""
 
     def codegen(context, builder, signature, args):
-        return _widen(builder, signature.args[0], args[0])
+        return builder.gep(args[0], [args[1]])
 
-    return _wide_type(value)(value), codegen
+    return pointer(pointer, types.intp), codegen
 
 
 @intrinsic
-def narrow(typing_context, value, row):
-    """Convert a computed number to what ``row`` stores."""
-    if not (isinstance(value, types.Float) and _is_row(row)):
-        return None
+def as_computed(typing_context, pointer, like):
+    """Turn a pointer into one to numbers as those of `like` are computed with."""
+    result = types.CPointer(computed_type(like.dtype))
 
     def codegen(context, builder, signature, args):
-        return _narrow(builder, signature.args[1].dtype, args[0])
+        return builder.bitcast(args[0], context.get_value_type(result))
 
-    return row.dtype(_wide_type(row.dtype), row), codegen
+    return result(pointer, like), codegen
 
 
 @intrinsic
-def as_computed(typing_context, number, row):
-    """Round a float64 to what numbers of ``row`` are computed in."""
-    if not (isinstance(number, types.Float) and _is_row(row)):
-        return None
-    result = _wide_type(row.dtype)
+def itemsize(typing_context, pointer):
+    """Bytes of one number."""
 
     def codegen(context, builder, signature, args):
-        if result == types.float64:
-            return args[0]
-        return builder.fptrunc(args[0], ir.FloatType())
+        return ir.Constant(_I64, signature.args[0].dtype.bitwidth // 8)
 
-    return result(types.float64, row), codegen
-
-
-def _octet(context, builder, array_type, array, index):
-    """Address of ``array[index : index + 8]`` as one vector, and the vector's type."""
-    data = context.make_array(array_type)(context, builder, array).data
-    element = context.get_value_type(array_type.dtype)
-    vector = ir.VectorType(element, OCTET)
-    address = builder.gep(data, [index])
-    return builder.bitcast(address, vector.as_pointer()), vector
-
-
-def _is_row(array, dtypes=_STORED):
-    return isinstance(array, types.Array) and array.ndim == 1 and array.dtype in dtypes
+    return types.intp(pointer), codegen
 
 
 @intrinsic
-def positive_bits(typing_context, y, index):
-    """Eight bits of ``not y[index + k] <= 0``: NaN counts as passed, as in ``max(z, 0)``."""
-    if not (_is_row(y) and isinstance(index, types.Integer)):
-        return None
+def missing(typing_context, pointer):
+    """Whether a pointer is null: its argument was None."""
 
     def codegen(context, builder, signature, args):
-        address, _ = _octet(context, builder, signature.args[0], *args)
-        stored = signature.args[0].dtype
-        values = _widen(builder, stored, builder.load(address, align=1), OCTET)
-        zero = ir.Constant(values.type, None)
-        return builder.bitcast(builder.fcmp_unordered(">", values, zero), _BYTE)
+        return cgutils.is_null(builder, args[0])
 
-    return types.uint8(y, types.intp), codegen
+    return types.boolean(pointer), codegen
 
 
 @intrinsic
-def keep_where(typing_context, dy, bits, out, index):
-    """``out[index + k] = dy[index + k]`` where bit ``k`` of ``bits`` is set, else 0."""
-    if not (_is_row(dy) and _is_row(out) and isinstance(index, types.Integer)):
-        return None
+def address(typing_context, pointer):
+    """Give the address as a number."""
 
     def codegen(context, builder, signature, args):
-        dy_array, byte, out_array, at = args
-        source, vector = _octet(context, builder, signature.args[0], dy_array, at)
-        target, _ = _octet(context, builder, signature.args[2], out_array, at)
-        passed = builder.bitcast(byte, _BITS)
-        kept = builder.select(passed, builder.load(source, align=1), ir.Constant(vector, None))
-        builder.store(kept, target, align=1)
+        return builder.ptrtoint(args[0], _I64)
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
+def get(typing_context, pointer, index):
+    """``pointer[index]``, as it is stored."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(args[0], [args[1]]), align=1)
+
+    return pointer.dtype(pointer, types.intp), codegen
+
+
+@intrinsic
+def put(typing_context, pointer, index, value):
+    """``pointer[index] = value``."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], builder.gep(args[0], [args[1]]), align=1)
         return context.get_dummy_value()
 
-    return types.void(dy, types.uint8, out, types.intp), codegen
+    return types.void(pointer, types.intp, pointer.dtype), codegen
+
+
+@intrinsic
+def prefetch(typing_context, pointer, index):
+    """Fetch the lines of sixteen numbers into L2; L1 is too small for what is kilobytes ahead."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        at = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTE.as_pointer())
+        read, l2, data = (ir.Constant(_I32, k) for k in (0, 2, 1))
+        for line in range(0, LANES * signature.args[0].dtype.bitwidth // 8, LINE):
+            builder.call(function, [builder.gep(at, [ir.Constant(_I64, line)]), read, l2, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
 
 
 @intrinsic
 def or_byte(typing_context, mask, index, bits):
     """``mask[index] |= bits`` as one atomic step: the byte may belong to two threads' rows."""
-    if not (_is_row(mask, (types.uint8,)) and isinstance(index, types.Integer)):
-        return None
 
     def codegen(context, builder, signature, args):
-        array, at, byte = args
-        data = context.make_array(signature.args[0])(context, builder, array).data
-        builder.atomic_rmw("or", builder.gep(data, [at]), byte, "monotonic")
+        builder.atomic_rmw("or", builder.gep(args[0], [args[1]]), args[2], "monotonic")
         return context.get_dummy_value()
 
     return types.void(mask, types.intp, types.uint8), codegen
+
+
+@intrinsic
+def store_fence(typing_context):
+    """Wait until streamed stores can be seen by other cores."""
+
+    def codegen(context, builder, signature, args):
+        if X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse.sfence"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        else:
+            builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# Sixteen numbers at once.
+
+
+class Lanes(types.Type):
+    """Sixteen numbers in registers, as they are computed with: float32 or float64."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(_COMPUTED[kind.dtype], LANES))
+
+
+def _arithmetic(symbol, instruction):
+    @infer_global(symbol)
+    class _Template(AbstractTemplate):
+        key = symbol
+
+        def generic(self, args, kws):
+            if len(args) == 2 and isinstance(args[0], Lanes) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(symbol, Lanes, Lanes)
+    def _lower(context, builder, signature, args):
+        return getattr(builder, instruction)(*args, flags=_FLAGS)
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+
+
+def _vector(scalar):
+    return ir.VectorType(scalar, LANES)
+
+
+def _every(builder, number):
+    """Spread one number over all lanes."""
+    undefined = ir.Constant(_vector(number.type), ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_vector(_I32), None))
+
+
+def _constant(scalar, number):
+    return ir.Constant(_vector(scalar), [number] * LANES)
+
+
+def computed_type(stored):
+    """Choose what numbers of a stored type are computed with."""
+    return types.float64 if stored == types.float64 else types.float32
+
+
+def widen(builder, stored, value):
+    """Convert stored lanes, or one stored number, to what they are computed with."""
+    many = isinstance(value.type, ir.VectorType)
+    kind = _vector if many else lambda scalar: scalar
+    if stored == FLOAT16:
+        return builder.fpext(builder.bitcast(value, kind(_HALF)), kind(_FLOAT))
+    if stored == BFLOAT16:
+        # A bfloat16 is the upper half of a float32.
+        sixteen = _constant(_I32, 16) if many else ir.Constant(_I32, 16)
+        high = builder.shl(builder.zext(value, kind(_I32)), sixteen)
+        return builder.bitcast(high, kind(_FLOAT))
+    return value
+
+
+def narrow(builder, stored, value):
+    """Convert computed lanes, or one number, to a stored type: to the nearest, ties to even."""
+    many = isinstance(value.type, ir.VectorType)
+    kind = _vector if many else lambda scalar: scalar
+    constant = _constant if many else ir.Constant
+    if stored == FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, kind(_HALF)), kind(_I16))
+    if stored == BFLOAT16:
+        bits = builder.bitcast(value, kind(_I32))
+        odd = builder.and_(builder.lshr(bits, constant(_I32, 16)), constant(_I32, 1))
+        rounded = builder.add(bits, builder.add(odd, constant(_I32, 0x7FFF)))
+        # Rounding could carry a NaN's payload away; setting its quiet bit keeps it one.
+        quiet = builder.or_(bits, constant(_I32, 0x00400000))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        kept = builder.select(is_nan, quiet, rounded)
+        return builder.trunc(builder.lshr(kept, constant(_I32, 16)), kind(_I16))
+    return value
+
+
+def _lanes_at(context, builder, pointer_type, pointer, index):
+    """Address of sixteen stored numbers, and their bytes each."""
+    scalar = context.get_value_type(pointer_type.dtype)
+    at = builder.gep(pointer, [index])
+    return builder.bitcast(at, _vector(scalar).as_pointer()), pointer_type.dtype.bitwidth // 8
+
+
+def _first_lanes(builder, count):
+    """Which lanes are the first `count`."""
+    steps = ir.Constant(_vector(_I32), list(range(LANES)))
+    return builder.icmp_signed("<", steps, _every(builder, builder.trunc(count, _I32)))
+
+
+def _masked(builder, name, result, at, *rest):
+    """Call LLVM's masked load or store."""
+    scalar = at.type.pointee.element
+    suffix = f"i{scalar.width}" if isinstance(scalar, ir.IntType) else ("f32", "f64")[
+        isinstance(scalar, ir.DoubleType)
+    ]
+    kind = ir.FunctionType(result, [value.type for value in rest])
+    full = f"llvm.masked.{name}.v{LANES}{suffix}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, full), rest)
+
+
+@intrinsic
+def load(typing_context, pointer, index):
+    """Sixteen numbers from ``pointer[index]`` on; Lanes stand for themselves."""
+    if isinstance(pointer, Lanes):
+        return pointer(pointer, types.intp), lambda context, builder, signature, args: args[0]
+
+    def codegen(context, builder, signature, args):
+        at, itemsize = _lanes_at(context, builder, signature.args[0], *args)
+        return widen(builder, signature.args[0].dtype, builder.load(at, align=itemsize))
+
+    return Lanes(computed_type(pointer.dtype))(pointer, types.intp), codegen
+
+
+@intrinsic
+def load_first(typing_context, pointer, index, count):
+    """`load`, of which only the first `count` are read; the others are 0."""
+    if isinstance(pointer, Lanes):
+        kind = pointer(pointer, types.intp, types.intp)
+        return kind, lambda context, builder, signature, args: args[0]
+
+    def codegen(context, builder, signature, args):
+        at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
+        align, zeros = ir.Constant(_I32, itemsize), ir.Constant(at.type.pointee, None)
+        kept = _first_lanes(builder, args[2])
+        value = _masked(builder, "load", at.type.pointee, at, at, align, kept, zeros)
+        return widen(builder, signature.args[0].dtype, value)
+
+    return Lanes(computed_type(pointer.dtype))(pointer, types.intp, types.intp), codegen
+
+
+@intrinsic
+def transfer(typing_context, target, to, source, start):
+    """Copy sixteen numbers as they are stored."""
+
+    def codegen(context, builder, signature, args):
+        at, itemsize = _lanes_at(context, builder, signature.args[2], *args[2:])
+        into, _ = _lanes_at(context, builder, signature.args[0], *args[:2])
+        builder.store(builder.load(at, align=itemsize), into, align=itemsize)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), codegen
+
+
+@intrinsic
+def transfer_first(typing_context, target, to, source, start, count):
+    """Copy `count` numbers, at most sixteen, as they are stored."""
+
+    def codegen(context, builder, signature, args):
+        at, itemsize = _lanes_at(context, builder, signature.args[2], *args[2:4])
+        into, _ = _lanes_at(context, builder, signature.args[0], *args[:2])
+        align, zeros = ir.Constant(_I32, itemsize), ir.Constant(at.type.pointee, None)
+        kept = _first_lanes(builder, args[4])
+        value = _masked(builder, "load", at.type.pointee, at, at, align, kept, zeros)
+        _masked(builder, "store", ir.VoidType(), at, value, into, align, kept)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp, types.intp), codegen
+
+
+def _storing(streaming):
+    @intrinsic
+    def store(typing_context, pointer, index, lanes):
+        def codegen(context, builder, signature, args):
+            at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
+            value = narrow(builder, signature.args[0].dtype, args[2])
+            align = min(LINE, LANES * itemsize) if streaming else itemsize
+            instruction = builder.store(value, at, align=align)
+            if streaming:
+                one = builder.module.add_metadata([ir.Constant(_I32, 1)])
+                instruction.set_metadata("nontemporal", one)
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.intp, lanes), codegen
+
+    return store
+
+
+store = _storing(streaming=False)
+# Past the caches, to an address that sixteen numbers, or a line, divide: a plain store would first
+# read the line that it overwrites.
+stream = _storing(streaming=True)
+
+
+@intrinsic
+def store_first(typing_context, pointer, index, lanes, count):
+    """`store`, of which only the first `count` are written."""
+
+    def codegen(context, builder, signature, args):
+        at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
+        value = narrow(builder, signature.args[0].dtype, args[2])
+        align, kept = ir.Constant(_I32, itemsize), _first_lanes(builder, args[3])
+        _masked(builder, "store", ir.VoidType(), at, value, at, align, kept)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, lanes, types.intp), codegen
+
+
+@intrinsic
+def spread(typing_context, number):
+    """Sixteen times the same number."""
+
+    def codegen(context, builder, signature, args):
+        return _every(builder, args[0])
+
+    return Lanes(number)(number), codegen
+
+
+@intrinsic
+def wide(typing_context, lanes):
+    """As float64."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0].dtype == types.float64:
+            return args[0]
+        return builder.fpext(args[0], _vector(_DOUBLE))
+
+    return Lanes(types.float64)(lanes), codegen
+
+
+@intrinsic
+def keep_first(typing_context, lanes, count):
+    """Keep the first `count` lanes, and put 0 in the others."""
+
+    def codegen(context, builder, signature, args):
+        zeros = ir.Constant(args[0].type, None)
+        return builder.select(_first_lanes(builder, args[1]), args[0], zeros)
+
+    return lanes(lanes, types.intp), codegen
+
+
+@intrinsic
+def together(typing_context, lanes):
+    """Sum of all lanes: halves are added until one number is left."""
+
+    def codegen(context, builder, signature, args):
+        value, count = args[0], LANES
+        while count > 1:
+            count //= 2
+            undefined, half = ir.Constant(value.type, ir.Undefined), ir.VectorType(_I32, count)
+            low, high = (
+                builder.shuffle_vector(
+                    value, undefined, ir.Constant(half, list(range(k, k + count)))
+                )
+                for k in (0, count)
+            )
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(_I32, 0))
+
+    return lanes.dtype(lanes), codegen
+
+
+@intrinsic
+def relu(typing_context, lanes):
+    """``max(lanes, 0)``; NaN stays NaN."""
+
+    def codegen(context, builder, signature, args):
+        zeros = ir.Constant(args[0].type, None)
+        return builder.select(builder.fcmp_ordered("<=", args[0], zeros), zeros, args[0])
+
+    return lanes(lanes), codegen
+
+
+@intrinsic
+def passed(typing_context, lanes, pointer):
+    """Give one bit for each lane that is not 0 as `pointer` stores it."""
+
+    def codegen(context, builder, signature, args):
+        value = narrow(builder, signature.args[1].dtype, args[0])
+        if isinstance(value.type.element, ir.IntType):
+            bits = builder.icmp_unsigned("!=", value, ir.Constant(value.type, None))
+        else:
+            bits = builder.fcmp_unordered("!=", value, ir.Constant(value.type, None))
+        return builder.zext(builder.bitcast(bits, _I16), _I64)
+
+    return types.intp(lanes, pointer), codegen
+
+
+@intrinsic
+def keep_where(typing_context, lanes, bits):
+    """Keep lanes whose bit is set, and put 0 in the others."""
+
+    def codegen(context, builder, signature, args):
+        kept = builder.bitcast(builder.trunc(args[1], _I16), _vector(_BOOL))
+        return builder.select(kept, args[0], ir.Constant(args[0].type, None))
+
+    return lanes(lanes, types.intp), codegen
+
+
+# One number at a time.
+
+
+@intrinsic
+def computed(typing_context, pointer, index):
+    """``pointer[index]`` as it is computed with."""
+
+    def codegen(context, builder, signature, args):
+        stored = builder.load(builder.gep(args[0], [args[1]]))
+        return widen(builder, signature.args[0].dtype, stored)
+
+    return computed_type(pointer.dtype)(pointer, types.intp), codegen
+
+
+@intrinsic
+def rounded(typing_context, number, pointer):
+    """Round a float64 to what numbers of `pointer` are computed with."""
+    result = computed_type(pointer.dtype)
+
+    def codegen(context, builder, signature, args):
+        return args[0] if result == types.float64 else builder.fptrunc(args[0], _FLOAT)
+
+    return result(types.float64, pointer), codegen
+
+
+@intrinsic
+def nothing(typing_context, like):
+    """Give a null pointer, as of an argument that is None."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(args[0].type, None)
+
+    return like(like), codegen

@@ -1,252 +1,515 @@
 """Kernels on rows ``[N, S, C]``: a row holds one value of each channel, or ``fold`` of each.
 
-The grid of tasks is pieces of rows by blocks of columns; a column's sums stay in cache while a
-piece goes by. Column ``j`` belongs to channel ``j // fold``: short planes are rows of ``C * S``
-columns.
+Column ``j`` belongs to channel ``j // fold``: short planes are rows of ``C * S`` columns. A tile is
+some rows of a block of columns; the sums of each column stay in registers while a tile goes by.
+Tiles are taken in pieces, whose sums are merged: the tree of a sum depends on the shape alone.
+
+As with planes, a tile of the block before is written, then that of the next block is summed.
 """
 
 import numpy as np
 from numba import prange
 
-from .schedule import ROW_BLOCK, ROW_PIECE, ROW_TILE, kernel, primitive
+from .arguments import number, set_number
+from .intrinsics import (
+    LANES,
+    as_computed,
+    get,
+    missing,
+    moved,
+    nothing,
+    put,
+    store_fence,
+)
+from .compilation import kernel, primitive
 from .vector import (
-    affine,
-    computed,
-    finish_columns,
-    gate,
-    gradient_affine,
-    input_gradient_columns,
-    load,
-    merge_columns,
-    merge_equal,
-    normalize_columns,
-    pack,
-    place,
-    reserve,
-    start_columns,
-    store,
+    element,
+    finish_backward,
+    finish_forward,
+    first_number,
+    gather,
+    gradient_run,
+    lead,
+    merge,
+    moments,
+    normalize_run,
+    of_thread,
+    product_columns,
+    running_affine,
+    scatter,
+    share,
+    spares_of,
     sum_columns,
-    sum_products_columns,
+    sum_of,
 )
 
-PIECE = ROW_TILE * ROW_PIECE
+ROW_TILE = 8  # rows that are taken in one go
+ROW_AHEAD = 4  # tiles from what is summed to what is fetched
+ROW_PIECE = 256  # tiles of rows that are summed together, at least ...
+ROW_PIECES = 64  # ... and pieces of rows, at most
+COLUMNS = 64  # of a tile: four lines of float32
+SPARE = COLUMNS + LANES  # elements of a spare row
+CONSTANTS = 5  # numbers per column that writing takes, at most
+PARTIAL = 3  # numbers that are left of a piece of a channel: count, mean and M2, or two sums
 
 
 @primitive
-def _grid(shape):
-    """Rows, columns, pieces of rows, blocks of columns."""
-    N, C, S, fold = shape
-    M, W = N * S, C * fold
-    return M, W, -(-M // PIECE), -(-W // ROW_BLOCK)
+def tiling(shape):
+    """Tiles of one n, tiles in all, tiles of a piece, pieces."""
+    cuts = -(-shape.S // ROW_TILE)
+    tiles = shape.N * cuts
+    size = max(ROW_PIECE, -(-tiles // ROW_PIECES))
+    return cuts, tiles, size, -(-tiles // size)
 
 
 @primitive
-def _at(view, shape, m, j):
-    """Index of column ``j`` of row ``m``."""
-    S = shape[2]
-    if S == 1:
-        return place(view, m, j, 0)
-    return place(view, m // S, j, m % S)
+def _tile(shape, t):
+    """Where a tile's rows begin, and how many they are."""
+    cuts = -(-shape.S // ROW_TILE)
+    s = t % cuts * ROW_TILE
+    return t // cuts, s, min(ROW_TILE, shape.S - s)
 
 
 @primitive
-def _spare(view):
-    """Room for a row that has to be gathered; none if rows lie in memory as they are."""
-    return np.empty(0 if view.dc == 1 else ROW_BLOCK, view.data.dtype)
+def _tiles_of(shape, piece):
+    _, tiles, size, _ = tiling(shape)
+    return range(piece * size, min(piece * size + size, tiles))
 
 
 @primitive
-def _gate_spare(mask, x):
-    """Room for a row of dy through the ReLU."""
-    return np.empty(0 if mask is None else ROW_BLOCK, x.data.dtype)
+def _width(shape, block):
+    """Columns of a block; 0 if there is no such block."""
+    return max(0, min(shape.block, shape.C * shape.fold - block * shape.block)) if block >= 0 else 0
 
 
 @primitive
-def _row(view, shape, m, j, size, spare):
-    return load(view, _at(view, shape, m, j), view.dc, size, spare)
+def _constants(memory, shape, x, k):
+    """Per column of a block, the constant ``k`` of five that writing takes."""
+    return as_computed(moved(memory.work.data, k * shape.block), x.data)
 
 
 @primitive
-def _gated_row(dy, mask, shape, m, j, size, spare, gated):
-    row = _row(dy, shape, m, j, size, spare)
-    if mask is None:
-        return row
-    gate(row, mask.data, _at(mask, shape, m, j), mask.dc, gated)
-    return gated
+def _partial(work, shape, piece, k):
+    """Where the sums of a piece of the block's channel ``k`` are kept."""
+    channels = shape.block // shape.fold
+    return moved(work.data, CONSTANTS * shape.block + (piece * channels + k) * PARTIAL)
 
 
 @primitive
-def _block(shape, task):
-    """First and last row, first and last column of a task; tasks of one piece are neighbours."""
-    M, W, _, blocks = _grid(shape)
-    first, j = task // blocks * PIECE, task % blocks * ROW_BLOCK
-    return first, min(first + PIECE, M), j, min(j + ROW_BLOCK, W)
+def _sums(memory, shape, k):
+    """Per column of a block, shift, total and squares, or mean, total and product."""
+    return moved(memory.sums.data, k * (shape.block + LANES))
 
 
 @primitive
-def _fill(columns, j, fold, c, value):
-    """Set those of the columns ``j, j + 1, ...`` that belong to channel ``c``."""
-    columns[max(c * fold - j, 0) : c * fold + fold - j] = value
+def _kept(slab, shape, n, s, j):
+    """Where the slab keeps what was read at row (n, s) and column ``j`` of the block."""
+    if missing(slab.data):
+        return slab.data
+    return moved(slab.data, (n * shape.S + s) * shape.block + j)
 
 
 @primitive
-def _block_moments(x, shape, first, last, j, mean, m2):  # mean, m2 [block], zeros
-    size = mean.size
-    spare = _spare(x)
-    shift, total, squares = np.empty(size), np.empty(size), np.empty(size)
-    for start in range(first, last, ROW_TILE):
-        stop = min(start + ROW_TILE, last)
-        start_columns(_row(x, shape, start, j, size, spare), shift)
-        total[:] = 0.0
-        squares[:] = 0.0
-        for m in range(start, stop):
-            sum_columns(_row(x, shape, m, j, size, spare), shift, total, squares)
-        finish_columns(stop - start, shift, total, squares)
-        merge_columns(start - first, mean, m2, stop - start, total, squares)
+def _ahead(view, shape, block, t, j):
+    """Where the tile lies that will be summed some tiles later, maybe of the next block."""
+    cuts, tiles, _, _ = tiling(shape)
+    across = -(-_width(shape, block) // COLUMNS)
+    later = t * across + j // COLUMNS + ROW_AHEAD
+    t = later // across
+    if t >= tiles and _width(shape, block + 1) > 0:
+        t -= tiles
+        block += 1
+    n, s, _ = _tile(shape, min(t, tiles - 1))
+    return element(view, n, block * shape.block + later % across * COLUMNS, s)
 
 
-@kernel
-def statistics_rows(x, shape, mean, m2):  # x [N, S, C]; mean, m2 [C], written
-    M, W, pieces, blocks = _grid(shape)
-    C, fold = shape[1], shape[3]
-    means, m2s = np.zeros((pieces, W)), np.zeros((pieces, W))
-    for task in prange(pieces * blocks):
-        first, last, j, end = _block(shape, task)
-        piece = task // blocks
-        _block_moments(x, shape, first, last, j, means[piece, j:end], m2s[piece, j:end])
-    for piece in range(1, pieces):
-        first = piece * PIECE
-        rows = min(PIECE, M - first)
-        merge_columns(first, means[0], m2s[0], rows, means[piece], m2s[piece])
-    for c in prange(C):
-        columns = slice(c * fold, c * fold + fold)
-        mean[c], m2[c] = merge_equal(M, means[0, columns], m2s[0, columns])
+@primitive
+def _near_row(view, n, j, s, size, spares, k):
+    """Pointer to a row's columns from ``j`` on; if they lie apart, to a copy in spare row ``k``."""
+    at = element(view, n, j, s)
+    if view.dc == 1 or missing(at):
+        return at
+    gather(at, view.dc, moved(spares.data, k * SPARE), size)
+    return moved(spares.data, k * SPARE)
 
 
-@kernel
-def normalize_rows(
-    x,  # [N, S, C]
-    residual,  # [N, S, C] or None
-    y,  # [N, S, C], written
-    mask,  # bits [N, S, C], written, or None; only beside a mask
-    shape,  # N, C, S, fold
-    mean,  # [C], as invstd, weight and bias
-    invstd,
-    weight,
-    bias,
-    relu,
-):
-    _, _, pieces, blocks = _grid(shape)
-    fold = shape[3]
-    for task in prange(pieces * blocks):
-        first, last, j, end = _block(shape, task)
-        size = end - j
-        high, scale, shift = computed(size, x.data), computed(size, x.data), computed(size, x.data)
-        for c in range(j // fold, (end - 1) // fold + 1):
-            channel = affine(x, mean[c], invstd[c], weight[c], bias[c])
-            _fill(high, j, fold, c, channel[0])
-            _fill(scale, j, fold, c, channel[1])
-            _fill(shift, j, fold, c, channel[2])
-        x_spare, y_spare = _spare(x), _spare(y)
-        for m in range(first, last):
-            x_row = _row(x, shape, m, j, size, x_spare)
-            at = _at(y, shape, m, j)
-            y_row = reserve(y, at, y.dc, size, y_spare)
-            if residual is None:
-                normalize_columns(x_row, None, y_row, high, scale, shift, relu)
-            else:
-                residual_row = _row(residual, shape, m, j, size, _spare(residual))
-                normalize_columns(x_row, residual_row, y_row, high, scale, shift, relu)
-            store(y, at, y.dc, y_row)
-            if mask is not None:
-                pack(y_row, mask.data, _at(mask, shape, m, j), mask.dc)
+@primitive
+def _near_tile(view, n, j, s, rows, count, spares, k):
+    """Pointer to some rows of some columns, and the step from row to row; copied if need be."""
+    at = element(view, n, j, s)
+    if view.dc == 1:
+        return at, view.ds
+    spare = moved(spares.data, 4 * SPARE + k * ROW_TILE * COLUMNS)
+    for r in range(rows):
+        gather(element(view, n, j, s + r), view.dc, moved(spare, r * COLUMNS), count)
+    return spare, COLUMNS
 
 
-@kernel
-def backward_reduce_rows(
-    dy,  # [N, S, C]
-    x,  # [N, S, C]
-    mask,  # bits [N, S, C] or None
-    shape,  # N, C, S, fold
-    mean,  # [C]
-    total,  # [C], written: the sum of dy
-    product,  # [C], written: the sum of dy * (x - mean)
-):
-    _, W, pieces, blocks = _grid(shape)
-    C, fold = shape[1], shape[3]
-    totals, products = np.zeros((pieces, W)), np.zeros((pieces, W))
-    for task in prange(pieces * blocks):
-        first, last, j, end = _block(shape, task)
-        piece, size = task // blocks, end - j
-        means = np.empty(size)
-        for c in range(j // fold, (end - 1) // fold + 1):
-            _fill(means, j, fold, c, mean[c])
-        x_spare, dy_spare, gated = _spare(x), _spare(dy), _gate_spare(mask, x)[:size]
-        for m in range(first, last):
-            sum_products_columns(
-                _gated_row(dy, mask, shape, m, j, size, dy_spare, gated),
-                _row(x, shape, m, j, size, x_spare),
-                means,
-                totals[piece, j:end],
-                products[piece, j:end],
-            )
-    for c in prange(C):
-        columns = slice(c * fold, c * fold + fold)
-        total[c], product[c] = 0.0, 0.0
-        for piece in range(pieces):
-            total[c] += totals[piece, columns].sum()
-            product[c] += products[piece, columns].sum()
+@primitive
+def _written(view, n, j, s, at, width, streaming):
+    """First and last column to write of a tile's row; lines of the target are not cut in two."""
+    skip = lead(element(view, n, j, s)) if streaming else 0
+    first = at + skip if at > 0 else 0
+    last = at + COLUMNS + skip if at + COLUMNS < width else width
+    return min(first, width), min(last, width)
 
 
-@kernel
-def dx_rows(
-    dy,  # [N, S, C]
-    x,  # [N, S, C]
-    dx,  # [N, S, C], written
-    mask,  # bits [N, S, C] or None
-    dresidual,  # [N, S, C], written, or None; only beside a mask
-    shape,  # N, C, S, fold
-    mean,  # [C], as invstd, weight, total and product
-    invstd,
-    weight,
-    total,
-    product,
-    training,
-):
-    _, _, pieces, blocks = _grid(shape)
-    N, _, S, fold = shape
-    count = N * S * fold
-    for task in prange(pieces * blocks):
-        first, last, j, end = _block(shape, task)
-        size = end - j
-        dy_high, high = computed(size, x.data), computed(size, x.data)
-        slope, scale, shift = computed(size, x.data), computed(size, x.data), computed(size, x.data)
-        for c in range(j // fold, (end - 1) // fold + 1):
-            channel = gradient_affine(
-                x, mean[c], invstd[c], weight[c], total[c] / count, product[c] / count
-            )
-            _fill(dy_high, j, fold, c, channel[0])
-            _fill(high, j, fold, c, channel[1])
-            _fill(slope, j, fold, c, channel[2])
-            _fill(scale, j, fold, c, channel[3])
-            _fill(shift, j, fold, c, channel[4])
-        zeros = computed(size, x.data)
-        zeros[:] = 0
-        x_spare, dy_spare, dx_spare = _spare(x), _spare(dy), _spare(dx)
-        gate_spare = _gate_spare(mask, x)
-        for m in range(first, last):
-            gated = gate_spare[:size]
-            if dresidual is not None:
-                at = _at(dresidual, shape, m, j)
-                gated = reserve(dresidual, at, dresidual.dc, size, gate_spare)
-            dy_row = _gated_row(dy, mask, shape, m, j, size, dy_spare, gated)
-            if dresidual is not None:
-                store(dresidual, _at(dresidual, shape, m, j), dresidual.dc, dy_row)
-            at = _at(dx, shape, m, j)
-            dx_row = reserve(dx, at, dx.dc, size, dx_spare)
-            if training:
-                x_row = _row(x, shape, m, j, size, x_spare)
-                input_gradient_columns(dy_row, x_row, dx_row, dy_high, high, slope, scale, shift)
-            else:
-                normalize_columns(dy_row, None, dx_row, zeros, scale, zeros, False)
-            store(dx, at, dx.dc, dx_row)
+@primitive
+def _normalize_tile(maps, memory, shape, block, t, at, rectify):
+    n, s, rows = _tile(shape, t)
+    j, y, mask, spares = block * shape.block, maps.y, maps.mask, memory.spares
+    streaming = shape.streaming and y.dc == 1
+    for s in range(s, s + rows):
+        first, last = _written(y, n, j, s, at, _width(shape, block), streaming)
+        size = last - first
+        x_row = _kept(memory.slab, shape, n, s, first)
+        if missing(x_row):
+            x_row = _near_row(maps.x, n, j + first, s, size, spares, 0)
+        y_row = element(y, n, j + first, s)
+        if y.dc != 1:
+            y_row = moved(spares.data, 2 * SPARE)
+        normalize_run(
+            x_row, _near_row(maps.residual, n, j + first, s, size, spares, 1), y_row,
+            mask.data, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
+            moved(_constants(memory, shape, maps.x, 0), first),
+            moved(_constants(memory, shape, maps.x, 1), first),
+            moved(_constants(memory, shape, maps.x, 2), first),
+            rectify, streaming,
+        )  # fmt: skip
+        if y.dc != 1:
+            scatter(y_row, element(y, n, j + first, s), y.dc, size)
+
+
+@primitive
+def _sum_tile(x, memory, shape, block, t, at):
+    n, s, rows = _tile(shape, t)
+    j, end = block * shape.block, min(at + COLUMNS, _width(shape, block))
+    run, step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 0)
+    ahead = _ahead(x, shape, block, t, at)
+    for i in range(at, end, LANES):
+        sum_columns(
+            moved(run, i - at), step, moved(ahead, i - at), x.ds,
+            _kept(memory.slab, shape, n, s, i), shape.block, rows, min(LANES, end - i),
+            moved(_sums(memory, shape, 0), i),
+            moved(_sums(memory, shape, 1), i),
+            moved(_sums(memory, shape, 2), i),
+        )  # fmt: skip
+
+
+@primitive
+def _start_sums(x, memory, shape, block, piece):
+    """Choose each channel's shift, and set the sums to 0."""
+    n, s, _ = _tile(shape, _tiles_of(shape, piece).start)
+    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    for at in range(0, _width(shape, block), shape.fold):
+        first = first_number(element(x, n, block * shape.block + at, s), 0)
+        for k in range(at, at + shape.fold):
+            put(shift, k, first)
+            put(total, k, 0.0)
+            put(squares, k, 0.0)
+
+
+@primitive
+def _finish_sums(memory, shape, block, piece, rows):
+    """Turn the sums of a piece's columns into count, mean and M2 of its channels."""
+    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    for at in range(0, _width(shape, block), shape.fold):
+        mean, m2 = moments(
+            rows * shape.fold, get(shift, at), sum_of(total, at, shape.fold), sum_of(squares, at, shape.fold)
+        )
+        partial = _partial(memory.work, shape, piece, at // shape.fold)
+        put(partial, 0, np.float64(rows * shape.fold))
+        put(partial, 1, mean)
+        put(partial, 2, m2)
+
+
+@primitive
+def _forward_piece(maps, memory, shape, block, before, piece, rectify):
+    """Write a piece of block `before`, and sum that piece of `block`; -1 is none."""
+    writes, sums = _width(shape, before), _width(shape, block)
+    if sums:
+        _start_sums(maps.x, memory, shape, block, piece)
+    count = 0
+    for t in _tiles_of(shape, piece):
+        for at in range(0, max(writes, sums), COLUMNS):
+            if at < writes:
+                _normalize_tile(maps, memory, shape, before, t, at, rectify)
+            if at < sums:
+                _sum_tile(maps.x, memory, shape, block, t, at)
+        count += _tile(shape, t)[2]
+    if sums:
+        _finish_sums(memory, shape, block, piece, count)
+
+
+@primitive
+def _merged(work, shape, k):
+    """Count, mean and M2 of a channel."""
+    partial = _partial(work, shape, 0, k)
+    count, mean, m2 = get(partial, 0), get(partial, 1), get(partial, 2)
+    for piece in range(1, tiling(shape)[3]):
+        partial = _partial(work, shape, piece, k)
+        count, mean, m2 = merge(count, mean, m2, get(partial, 0), get(partial, 1), get(partial, 2))
+    return count, mean, m2
+
+
+@primitive
+def _set_constants(memory, shape, x, k, values):
+    """Write what writing a channel takes for each of its columns."""
+    for i, value in enumerate(values):
+        constants = _constants(memory, shape, x, i)
+        for j in range(k * shape.fold, (k + 1) * shape.fold):
+            put(constants, j, value)
+
+
+@primitive
+def _finish_forward(x, memory, shape, parameters, settings, block):
+    """Save a block's statistics, and what writing it takes."""
+    for k in range(_width(shape, block) // shape.fold):
+        c = block * shape.block // shape.fold + k
+        count, mean, m2 = _merged(memory.work, shape, k)
+        constants = finish_forward(x, c, count, mean, m2, parameters, settings)
+        _set_constants(memory, shape, x, k, constants)
+
+
+@primitive
+def _blocks(shape):
+    return -(-shape.C * shape.fold // shape.block)
+
+
+@primitive
+def _rounds(shape):
+    """How often the threads set out: once per block that they share, and once to write the last."""
+    return _blocks(shape) + 1 if shape.together else 1
+
+
+@primitive
+def _forward_round(maps, parameters, settings, memory, shape, block, t):
+    """Take a thread's share of a block and of the block before, or its own blocks one by one."""
+    pieces = tiling(shape)[3]
+    if shape.together:
+        memory = spares_of(memory, t)
+        first, last = share(pieces, t, shape.threads)
+        for piece in range(first, last):
+            _forward_piece(maps, memory, shape, block, block - 1, piece, settings.rectify)
+    else:
+        memory = of_thread(memory, t)
+        first, last = share(_blocks(shape), t, shape.threads)
+        for block in range(first, last + 1):
+            summed, written = block if block < last else -1, block - 1 if block > first else -1
+            for piece in range(pieces):
+                _forward_piece(maps, memory, shape, summed, written, piece, settings.rectify)
+            _finish_forward(maps.x, memory, shape, parameters, settings, summed)
+    store_fence()
+
+
+@kernel("Forward", "Parameters", "Settings")
+def forward_rows(maps, parameters, settings, memory, shape):
+    """Statistics, normalize and running averages."""
+    for block in range(_rounds(shape)):
+        for t in prange(shape.threads):
+            _forward_round(maps, parameters, settings, memory, shape, block, t)
+        if shape.together:
+            _finish_forward(maps.x, memory, shape, parameters, settings, block)
+
+
+@primitive
+def _statistics_share(maps, memory, shape, t):
+    first, last = share(tiling(shape)[3], t, shape.threads)
+    for piece in range(first, last):
+        _forward_piece(maps, memory, shape, 0, -1, piece, False)
+
+
+@kernel("Forward", "Numbers", "Numbers")
+def statistics_rows(maps, mean, m2, memory, shape):
+    """Mean and M2 of each channel; one block holds all columns."""
+    for t in prange(shape.threads):
+        _statistics_share(maps, spares_of(memory, t), shape, t)
+    for c in range(shape.C):
+        _, channel_mean, channel_m2 = _merged(memory.work, shape, c)
+        set_number(mean, c, channel_mean)
+        set_number(m2, c, channel_m2)
+
+
+@primitive
+def _side_by_side(maps):
+    """Whether columns lie side by side in every map."""
+    residual = missing(maps.residual.data) or maps.residual.dc == 1
+    return residual and maps.x.dc == 1 and maps.y.dc == 1
+
+
+@primitive
+def _normalize_share(maps, memory, shape, rectify, t):
+    """Write a thread's rows; a block is one row, or some without a gap between them."""
+    if _side_by_side(maps):
+        joined = shape.block // (shape.C * shape.fold)
+        cuts = -(-shape.S // joined)
+        first, last = share(shape.N * cuts, t, shape.threads)
+        for row in range(first, last):
+            n, s = row // cuts, row % cuts * joined
+            normalize_run(
+                element(maps.x, n, 0, s), element(maps.residual, n, 0, s), element(maps.y, n, 0, s),
+                maps.mask.data, 0, 1, min(joined, shape.S - s) * shape.C * shape.fold,
+                _constants(memory, shape, maps.x, 0),
+                _constants(memory, shape, maps.x, 1),
+                _constants(memory, shape, maps.x, 2),
+                rectify, shape.streaming,
+            )  # fmt: skip
+    else:
+        first, last = share(tiling(shape)[1], t, shape.threads)
+        for tile in range(first, last):
+            for at in range(0, shape.block, COLUMNS):
+                _normalize_tile(maps, memory, shape, 0, tile, at, rectify)
+    store_fence()
+
+
+@kernel("Forward", "Parameters", "Settings")
+def normalize_rows(maps, parameters, settings, memory, shape):
+    """Normalize by running statistics."""
+    for c in range(shape.block // shape.fold):
+        constants = running_affine(maps.x, c % shape.C, parameters, settings)
+        _set_constants(memory, shape, maps.x, c, constants)
+    for t in prange(shape.threads):
+        _normalize_share(maps, spares_of(memory, t), shape, settings.rectify, t)
+
+
+@primitive
+def _product_tile(maps, memory, shape, block, t, at):
+    n, s, rows = _tile(shape, t)
+    j, end = block * shape.block, min(at + COLUMNS, _width(shape, block))
+    dy, x, mask = maps.dy, maps.x, maps.mask
+    dy_run, dy_step = _near_tile(dy, n, j + at, s, rows, end - at, memory.spares, 0)
+    x_run, x_step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 1)
+    ahead_dy, ahead_x = _ahead(dy, shape, block, t, at), _ahead(x, shape, block, t, at)
+    kept_x = _kept(memory.slab, shape, shape.N + n, s, at)
+    for i in range(at, end, LANES):
+        product_columns(
+            moved(dy_run, i - at), dy_step, moved(x_run, i - at), x_step,
+            moved(ahead_dy, i - at), dy.ds, moved(ahead_x, i - at), x.ds,
+            _kept(memory.slab, shape, n, s, i), _kept(memory.slab, shape, shape.N + n, s, i),
+            shape.block, mask.data, n * mask.dn + (j + i) * mask.dc + s * mask.ds, mask.ds, mask.dc,
+            rows, min(LANES, end - i),
+            moved(_sums(memory, shape, 0), i),
+            moved(_sums(memory, shape, 1), i),
+            moved(_sums(memory, shape, 2), i),
+        )  # fmt: skip
+
+
+@primitive
+def _gradient_tile(maps, memory, shape, block, t, at, training):
+    n, s, rows = _tile(shape, t)
+    j, spares = block * shape.block, memory.spares
+    dx, dresidual, mask = maps.dx, maps.dresidual, maps.mask
+    streaming = shape.streaming and dx.dc == 1
+    for s in range(s, s + rows):
+        first, last = _written(dx, n, j, s, at, _width(shape, block), streaming)
+        size = last - first
+        dy_row = _kept(memory.slab, shape, n, s, first)
+        x_row = _kept(memory.slab, shape, shape.N + n, s, first)
+        bits = nothing(mask.data)  # dy in the slab has gone through the ReLU
+        if missing(x_row):
+            bits = mask.data
+            dy_row = _near_row(maps.dy, n, j + first, s, size, spares, 0)
+            x_row = _near_row(maps.x, n, j + first, s, size, spares, 1)
+        dx_row = element(dx, n, j + first, s)
+        if dx.dc != 1:
+            dx_row = moved(spares.data, 2 * SPARE)
+        residual_row = element(dresidual, n, j + first, s)
+        if not missing(residual_row) and dresidual.dc != 1:
+            residual_row = moved(spares.data, 3 * SPARE)
+        gradient_run(
+            dy_row, x_row, dx_row, residual_row,
+            bits, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
+            moved(_constants(memory, shape, maps.x, 0), first),
+            moved(_constants(memory, shape, maps.x, 1), first),
+            moved(_constants(memory, shape, maps.x, 2), first),
+            moved(_constants(memory, shape, maps.x, 3), first),
+            moved(_constants(memory, shape, maps.x, 4), first),
+            training, streaming,
+        )  # fmt: skip
+        if dx.dc != 1:
+            scatter(dx_row, element(dx, n, j + first, s), dx.dc, size)
+        if not missing(residual_row) and dresidual.dc != 1:
+            scatter(residual_row, element(dresidual, n, j + first, s), dresidual.dc, size)
+
+
+@primitive
+def _start_products(gradients, memory, shape, block):
+    """Set each column's mean, and its sums to 0."""
+    mean, total, product = (
+        _sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2)
+    )  # fmt: skip
+    for at in range(0, _width(shape, block), shape.fold):
+        channel_mean = number(gradients.mean, (block * shape.block + at) // shape.fold)
+        for k in range(at, at + shape.fold):
+            put(mean, k, channel_mean)
+            put(total, k, 0.0)
+            put(product, k, 0.0)
+
+
+@primitive
+def _finish_products(memory, shape, block, piece):
+    """Add up the columns of each channel."""
+    total, product = _sums(memory, shape, 1), _sums(memory, shape, 2)
+    for at in range(0, _width(shape, block), shape.fold):
+        partial = _partial(memory.work, shape, piece, at // shape.fold)
+        put(partial, 0, sum_of(total, at, shape.fold))
+        put(partial, 1, sum_of(product, at, shape.fold))
+
+
+@primitive
+def _backward_piece(maps, gradients, memory, shape, block, before, piece, training):
+    """Write a piece of block `before`, and sum that piece of `block`; -1 is none."""
+    writes, sums = _width(shape, before), _width(shape, block)
+    _start_products(gradients, memory, shape, block)
+    for t in _tiles_of(shape, piece):
+        for at in range(0, max(writes, sums), COLUMNS):
+            if at < writes:
+                _gradient_tile(maps, memory, shape, before, t, at, training)
+            if at < sums:
+                _product_tile(maps, memory, shape, block, t, at)
+    _finish_products(memory, shape, block, piece)
+
+
+@primitive
+def _finish_backward(x, gradients, memory, shape, block):
+    """Save a block's gradients by weight and bias, and what writing it takes."""
+    for k in range(_width(shape, block) // shape.fold):
+        c = block * shape.block // shape.fold + k
+        total, product = 0.0, 0.0
+        for piece in range(tiling(shape)[3]):
+            partial = _partial(memory.work, shape, piece, k)
+            total += get(partial, 0)
+            product += get(partial, 1)
+        count = shape.N * shape.S * shape.fold
+        constants = finish_backward(x, c, count, total, product, gradients)
+        _set_constants(memory, shape, x, k, constants)
+
+
+@primitive
+def _backward_round(maps, gradients, training, memory, shape, block, t):
+    """Take a thread's share of a block and of the block before, or its own blocks one by one."""
+    pieces = tiling(shape)[3]
+    if shape.together:
+        memory = spares_of(memory, t)
+        first, last = share(pieces, t, shape.threads)
+        for piece in range(first, last):
+            _backward_piece(maps, gradients, memory, shape, block, block - 1, piece, training)
+    else:
+        memory = of_thread(memory, t)
+        first, last = share(_blocks(shape), t, shape.threads)
+        for block in range(first, last + 1):
+            summed, written = block if block < last else -1, block - 1 if block > first else -1
+            for piece in range(pieces):
+                _backward_piece(maps, gradients, memory, shape, summed, written, piece, training)
+            _finish_backward(maps.x, gradients, memory, shape, summed)
+    store_fence()
+
+
+@kernel("Backward", "Gradients", "Flag")
+def backward_rows(maps, gradients, training, memory, shape):
+    """Gradients by x, weight, bias and residual."""
+    for block in range(_rounds(shape)):
+        for t in prange(shape.threads):
+            _backward_round(maps, gradients, training, memory, shape, block, t)
+        if shape.together:
+            _finish_backward(maps.x, gradients, memory, shape, block)

@@ -1,123 +1,163 @@
-"""How work is cut and run: tile sizes, serial or parallel, compilation and its cache.
+"""How a call's work is cut: blocks that fit in a cache, threads, and the memory that they need.
 
-Everything here depends on the shape alone, never on the number of threads, because the cuts are
-the tree by which statistics are summed: the same input gives the same bits on any machine size.
+Nothing here changes a bit of the results. The tree of every sum follows from the shape alone
+(`planes.tiling`, `rows.tiling`); a plan says only in which order its branches are taken, and by whom.
 """
 
-import contextlib
-import hashlib
 import os
 import threading
-import types
-from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numba
-from numba import njit
-from numba.core.caching import FunctionCache
-from numba.core.compiler_lock import global_compiler_lock
+import ml_dtypes
+import numpy as np
 
-PLANE_TILE = 4096  # elements of a plane summed in one go: 16 KiB of float32, half of an L1 cache
-PLANE_PIECE = 16  # tiles of one channel that make one task
-ROW_TILE = 128  # rows summed in one go
-ROW_PIECE = 4  # tiles of one block of columns that make one task
-ROW_BLOCK = 1024  # columns; with 256, 1 KiB of a 4 KiB row, 4096 x 1024 took 2 to 3 times as long
-FUSE_CHANNELS = 16  # with fewer channels than this, a task per channel would leave cores idle
-PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
+from ..layout import Layout, View
+from . import planes, rows
+from .arguments import Memory, Shape
+from .compilation import threads_for
+from .intrinsics import LANES, LINE
 
-# Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
-# infinity. `reassoc` is what lets a sum be vectorized, and is for sums alone: it also allows
-# sum(x - shift) to become sum(x) - n * shift, and LLVM was seen to do so.
-_OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
-_SUM_OPTIONS = _OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}}
-
-primitive: Callable[[Callable[..., Any]], Any] = njit(**_OPTIONS)
-summing: Callable[[Callable[..., Any]], Any] = njit(**_SUM_OPTIONS)
+# numba compiles no 16-bit floats: kernels take the integers that hold their bits.
+_STORED = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float64): "float64",
+    np.dtype(np.float16): "uint16",
+    np.dtype(ml_dtypes.bfloat16): "int16",
+}
+_SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
+_SUMMED = {"statistics": 1, "normalize": 0, "forward": 1, "backward": 2}
+STREAM_BYTES = 1 << 20  # results larger than this go past the caches
+JOINED = 512  # columns, at least, of the rows without a gap between them that are taken as one
+POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call
 
 
 @cache
-def _source_stamp() -> str:
-    """Digest every file whose code ends up inside a compiled kernel."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def cache_bytes(level: int) -> int:
+    """Size of a cache, of level 2 or 3, as the system or the environment tells it."""
+    told = os.environ.get(f"NUMBABN_L{level}_BYTES")
+    if told:
+        return int(told)
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "level").read_text().strip() == str(level):
+            size = (index / "size").read_text().strip()
+            return int(size.rstrip("KM")) << {"K": 10, "M": 20}.get(size[-1], 0)
+    return {2: 1 << 20, 3: 1 << 24}[level]
 
 
-class _PackageCache(FunctionCache):
-    """numba's on-disk cache, made stale by a change in any kernel file, not in one alone."""
+class Plan(NamedTuple):
+    """A kernel's last arguments, and for which stored dtype it is compiled."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self._cache_file._source_stamp = _source_stamp()
-
-
-def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
-    # numba's cache tells functions apart by name and line, not by options.
-    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-    twin.__module__ = function.__module__
-    twin.__qualname__ = f"{function.__qualname__}_{variant}"
-    dispatcher = njit(**_OPTIONS, **options)(twin)
-    if not numba.config.DISABLE_JIT:
-        # No folder is writable: the kernels compile anew in each process.
-        with contextlib.suppress(RuntimeError):
-            dispatcher._cache = _PackageCache(twin)
-    return dispatcher
+    stored: str
+    memory: Memory
+    shape: Shape
 
 
-_threadless = False
-_reentrant = False
-_turn = threading.Lock()
+class _Cut(NamedTuple):
+    """A shape, and elements per thread, or in all, of each part of the memory."""
+
+    shape: Shape
+    slab: int
+    spares: int
+    sums: int
+    work: int
 
 
-def _after_fork() -> None:
-    """Keep to serial kernels if the parent's threads had started: OpenMP would abort here."""
-    global _threadless, _turn
-    _turn = threading.Lock()
-    with contextlib.suppress(ValueError):  # raised where no layer has started
-        numba.threading_layer()
-        _threadless = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-    # A child forked while another thread compiles would wait for that thread for ever.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
+def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: int) -> _Cut:
+    summed = _SUMMED[operation]
+    channel = N * S * itemsize * summed
+    x_bytes = N * C * S * itemsize
+    fits = cache_bytes(3) // 2
+    # A thread's own channels must be many, or one of them has less to do than another.
+    together = threads > 1 and (C < 4 * threads or channel * threads > fits)
+    block = 1
+    if operation == "statistics" or (together and channel > fits):
+        together, block = True, C
+    shape = Shape(N, C, S, 1, block, together, threads, x_bytes > STREAM_BYTES)
+    _, _, _, _, pieces = planes.tiling.py_func(shape)
+    slab = N * S * summed * block if block == 1 and x_bytes > STREAM_BYTES else 0
+    return _Cut(
+        shape, slab, 4 * planes.SPARE, 0, block * (planes.CONSTANTS + pieces * planes.PARTIAL)
     )
 
 
-class kernel:  # noqa: N801 - a decorator
-    """One loop over independent tasks, compiled twice: serial, and over numba's threads.
+def _cut_rows(
+    operation: str, N: int, C: int, S: int, fold: int, itemsize: int, threads: int
+) -> _Cut:
+    summed, width, M = _SUMMED[operation], C * fold, N * S
+    x_bytes = M * width * itemsize
+    fits = cache_bytes(3) // 2
+    together, block = True, width
+    if operation == "normalize":
+        block = width * -(-JOINED // width)
+    elif operation != "statistics":
+        # Whole channels, and whole tiles if that is possible.
+        unit = fold * max(1, rows.COLUMNS // fold)
+        wanted = max(1, cache_bytes(2) // 2 // (M * unit * itemsize * summed)) * unit
+        most = -(-width // (2 * threads)) // unit * unit
+        if threads == 1:
+            together, block = False, min(width, max(wanted, unit))
+        elif most >= unit and M * unit * itemsize * summed * threads <= fits:
+            together, block = False, min(wanted, most)
+        elif M * unit * itemsize * summed <= fits:
+            block = unit
+    shape = Shape(N, C, S, fold, block, together, threads, x_bytes > STREAM_BYTES)
+    pieces = rows.tiling.py_func(shape)[3]
+    fused = block < width or not together
+    slab = M * block * summed if fused and x_bytes > STREAM_BYTES else 0
+    return _Cut(
+        shape, slab, 4 * rows.SPARE + 2 * rows.ROW_TILE * rows.COLUMNS, 3 * (block + LANES),
+        block * rows.CONSTANTS + LANES + pieces * (block // fold) * rows.PARTIAL,
+    )  # fmt: skip
 
-    Called with the number of bytes that it moves, then the compiled function's own arguments.
-    """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.__doc__ = function.__doc__
-        self.__name__ = function.__name__
-        self.serial = _compile(function, "serial")
-        self.parallel = _compile(function, "parallel", parallel=True)
+class _Pool(threading.local):
+    """Memory that a thread of the caller's keeps: it does not page-fault on every call."""
 
-    def __call__(self, nbytes: int, *args: Any) -> Any:
-        global _reentrant
-        if nbytes < PARALLEL_BYTES or _threadless:
-            return self.serial(*args)
-        if _reentrant:
-            return self.parallel(*args)
-        # numba's workqueue layer aborts the process when two threads enter it at once, and
-        # which layer runs is known only after the first launch.
-        with _turn:
-            result = self.parallel(*args)
-            _reentrant = numba.threading_layer() != "workqueue"
-            return result
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
 
 
-def cache_folder(of: kernel) -> str | None:
-    """Where compiled kernels are kept between processes; None if nowhere could be written."""
-    path: str | None = None if numba.config.DISABLE_JIT else of.serial.stats.cache_path
-    return path
+_pool = _Pool()
+
+
+def _aligned(nbytes: int) -> Any:
+    buffer = np.empty(nbytes + LINE, np.uint8)
+    start = -buffer.ctypes.data % LINE
+    return buffer[start : start + nbytes]
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    operation: str, kind: str, sizes: tuple[int, int, int, int], itemsize: int, threads: int
+) -> _Cut:
+    N, C, S, fold = sizes
+    if kind == "planes":
+        return _cut_planes(operation, N, C, S, itemsize, threads)
+    return _cut_rows(operation, N, C, S, fold, itemsize, threads)
+
+
+def plan(operation: str, layout: Layout) -> Plan:
+    """Cut a call's work, and find memory for it."""
+    dtype = next(view for view in layout.views if view is not None).array.dtype
+    N, C, S, fold = layout.shape
+    nbytes = N * C * S * fold * dtype.itemsize
+    threads = threads_for(nbytes * _SWEEPS[operation])
+    cut = _cut(operation, layout.kind, layout.shape, dtype.itemsize, threads)
+    parts = (
+        (dtype.itemsize, cut.slab, not cut.shape.together),
+        (dtype.itemsize, cut.spares, True),
+        (8, cut.sums, True),
+        (8, cut.work, not cut.shape.together),
+    )
+    sizes = [(-(-size * itemsize // LINE) + 1) * LINE for itemsize, size, _ in parts]
+    total = sum(size * (threads if each else 1) for size, (_, _, each) in zip(sizes, parts))
+    buffer = _aligned(total)
+    views, at = [], 0
+    for size, (itemsize, elements, each) in zip(sizes, parts):
+        count = size * (threads if each else 1)
+        step = size // itemsize
+        views.append(View(buffer[at : at + count], step, 0, 0) if elements else None)
+        at += count
+    return Plan(_STORED[dtype], Memory(*views), cut.shape)

@@ -1,0 +1,151 @@
+"""How kernels are compiled and called: per dtype, serially or over threads, kept on disk."""
+
+import contextlib
+import hashlib
+import os
+import threading
+import types
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
+
+from . import arguments
+
+PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
+
+# Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
+# infinity, `reassoc` turn sum(x - shift) into sum(x) - n * shift.
+_OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
+
+# Called by kernels alone: without the wrappers for Python they compile in less time.
+primitive: Callable[[Callable[..., Any]], Any] = njit(
+    **_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+
+
+@cache
+def _source_stamp() -> str:
+    """Digest every file whose code ends up inside a compiled kernel."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _PackageCache(FunctionCache):
+    """numba's on-disk cache, made stale by a change in any kernel file, not in one alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _source_stamp()
+
+
+def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
+    # numba's cache tells functions apart by name and line, not by options.
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    twin.__module__ = function.__module__
+    twin.__qualname__ = f"{function.__qualname__}_{variant}"
+    dispatcher = njit(**_OPTIONS, **options)(twin)
+    if not numba.config.DISABLE_JIT:
+        # No folder is writable: the kernels compile anew in each process.
+        with contextlib.suppress(RuntimeError):
+            dispatcher._cache = _PackageCache(twin)
+    return dispatcher
+
+
+_threadless = False
+_reentrant = False
+_turn = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Keep to serial kernels if the parent's threads had started: OpenMP would abort here."""
+    global _threadless, _turn
+    _turn = threading.Lock()
+    with contextlib.suppress(ValueError):  # raised where no layer has started
+        numba.threading_layer()
+        _threadless = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+    # A child forked while another thread compiles would wait for that thread for ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+
+def _kind(name: str, stored: Any) -> Any:
+    if name == "Numbers":
+        return arguments.numbers
+    if name == "Flag":
+        return numba.types.boolean
+    return arguments.signature(getattr(arguments, name), stored)
+
+
+class Kernel:
+    """Compile a loop over threads for each dtype it is called for, serially and in parallel.
+
+    `kinds` name the types of its arguments; `Memory` and `Shape` come last.
+    """
+
+    def __init__(self, function: Callable[..., Any], *kinds: str) -> None:
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.serial = _compile(function, "serial")
+        self.parallel = _compile(function, "parallel", parallel=True)
+        self._kinds = kinds
+        self._compiled: dict[tuple[str, bool], Callable[..., Any]] = {}
+
+    def compiled(self, stored: str, parallel: bool) -> Callable[..., Any]:
+        """Give the function for maps of a stored dtype."""
+        found = self._compiled.get((stored, parallel))
+        if found is None:
+            dispatcher = self.parallel if parallel else self.serial
+            dtype = getattr(numba.types, stored)
+            signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
+            dispatcher.compile(signature)
+            # Past the dispatcher, which would ask every argument for its type.
+            found = dispatcher.overloads[signature].entry_point
+            self._compiled[stored, parallel] = found
+        return found
+
+    def __call__(self, plan: Any, *args: Any) -> None:
+        """Run over as many threads as the plan says."""
+        global _reentrant
+        parallel = plan.shape.threads > 1
+        function = self._compiled.get((plan.stored, parallel)) or self.compiled(plan.stored, parallel)
+        if _reentrant or not parallel:
+            function(*args, plan.memory, plan.shape)
+        else:
+            # numba's workqueue layer aborts the process when two threads enter it at once, and
+            # which layer runs is known only after the first launch.
+            with _turn:
+                function(*args, plan.memory, plan.shape)
+                _reentrant = numba.threading_layer() != "workqueue"
+
+
+def threads_for(nbytes: int) -> int:
+    """Choose how many threads move so many bytes."""
+    if nbytes < PARALLEL_BYTES or _threadless:
+        return 1
+    return int(numba.get_num_threads())
+
+
+def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a loop over threads; see `Kernel`."""
+    return lambda function: Kernel(function, *kinds)
+
+
+def cache_folder(of: Kernel) -> str | None:
+    """Where compiled kernels are kept between processes; None if nowhere could be written."""
+    path: str | None = None if numba.config.DISABLE_JIT else of.serial.stats.cache_path
+    return path
