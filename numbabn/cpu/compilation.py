@@ -24,9 +24,9 @@ PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more th
 _OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
 
 # Called by kernels alone: without the wrappers for Python they compile in less time.
-primitive: Callable[[Callable[..., Any]], Any] = njit(
-    **_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+_INNER = _OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+primitive: Callable[[Callable[..., Any]], Any] = njit(**_INNER)
+inlined: Callable[[Callable[..., Any]], Any] = njit(**_INNER, forceinline=True)
 
 
 @cache

@@ -25,7 +25,7 @@ from .intrinsics import (
     store_fence,
     together,
 )
-from .compilation import kernel, primitive
+from .compilation import inlined, kernel, primitive
 from .vector import (
     element,
     finish_backward,
@@ -55,49 +55,47 @@ PARTIAL = 3  # numbers that are left of a piece: count, mean and M2, or two sums
 SPARE = PLANE_TILE + LANES  # elements of a spare tile
 
 
-@primitive
-def tiling(shape):
-    """Tiles of a plane, elements of a tile, tiles of a channel, tiles of a piece, pieces."""
-    cuts = -(-shape.S // PLANE_TILE)
-    tiles = shape.N * cuts
-    size = max(PLANE_PIECE, -(-tiles // PLANE_PIECES))
-    return cuts, -(-shape.S // (cuts * LANES)) * LANES, tiles, size, -(-tiles // size)
+def tiling(N: int, S: int) -> tuple[int, int, int, int]:
+    """Elements of a tile, tiles of a plane, tiles of a piece, pieces of a channel."""
+    cuts = -(-S // PLANE_TILE)
+    tile = -(-S // (cuts * LANES)) * LANES
+    piece = max(PLANE_PIECE, -(-N * cuts // PLANE_PIECES))
+    return tile, cuts, piece, -(-N * cuts // piece)
 
 
-@primitive
-def _tile(shape, t):
-    """Plane, first place and size of a channel's tile ``t``."""
-    cuts, size, _, _, _ = tiling(shape)
-    s = t % cuts * size
-    return t // cuts, s, min(size, shape.S - s)
+@inlined
+def _start(shape, piece):
+    """Plane and place where a piece begins, and its tiles."""
+    t = piece * shape.piece
+    return t // shape.cuts, t % shape.cuts * shape.tile, min(shape.piece, shape.N * shape.cuts - t)
 
 
-@primitive
-def _tiles_of(shape, piece):
-    _, _, tiles, size, _ = tiling(shape)
-    return range(piece * size, min(piece * size + size, tiles))
+@inlined
+def _next(shape, n, s):
+    """Plane and place of the next tile."""
+    s += shape.tile
+    return (n, s) if s < shape.S else (n + 1, 0)
 
 
-@primitive
+@inlined
 def _constants(work, k):
     """Where the constants of the block's channel ``k`` are kept."""
     return moved(work.data, k * CONSTANTS)
 
 
-@primitive
+@inlined
 def _set_constants(work, k, values):
     for i, value in enumerate(values):
         put(_constants(work, k), i, np.float64(value))
 
 
-@primitive
+@inlined
 def _partial(work, shape, k, piece):
     """Where the sums of a piece of the block's channel ``k`` are kept."""
-    pieces = tiling(shape)[4]
-    return moved(work.data, shape.block * CONSTANTS + (k * pieces + piece) * PARTIAL)
+    return moved(work.data, shape.block * CONSTANTS + (k * shape.pieces + piece) * PARTIAL)
 
 
-@primitive
+@inlined
 def _kept(slab, shape, k, n, s):
     """Where the slab keeps what was read at (n, s) of the block's channel ``k``."""
     if missing(slab.data):
@@ -105,19 +103,22 @@ def _kept(slab, shape, k, n, s):
     return moved(slab.data, (k * shape.N + n) * shape.S + s)
 
 
-@primitive
-def _ahead(view, shape, c, t):
+@inlined
+def _ahead(view, shape, n, c, s):
     """Where the tile lies that will be summed some tiles later, maybe of the next channel."""
-    tiles = tiling(shape)[2]
-    t += PLANE_AHEAD
-    if t >= tiles and c + 1 < shape.C:
-        t -= tiles
+    s += PLANE_AHEAD * shape.tile
+    while s >= shape.S:
+        s -= shape.cuts * shape.tile
+        n += 1
+    if n >= shape.N:
+        n -= shape.N
         c += 1
-    n, s, _ = _tile(shape, min(t, tiles - 1))
+    if s < 0 or n >= shape.N or c >= shape.C:
+        return view.data
     return element(view, n, c, s)
 
 
-@primitive
+@inlined
 def _near(view, n, c, s, size, spares, k):
     """Pointer to a run; if its elements lie apart, to a copy in spare tile ``k``."""
     at = element(view, n, c, s)
@@ -127,28 +128,26 @@ def _near(view, n, c, s, size, spares, k):
     return moved(spares.data, k * SPARE)
 
 
-@primitive
-def _written(view, shape, t, n, c, s, size, streaming):
-    """First and last place to write of a tile: lines of the target are cut only between pieces.
+@inlined
+def _written(view, shape, n, c, s, first, last, streaming):
+    """Where to begin and to end writing a tile, the `first` or `last` of a piece or neither.
 
-    Another thread may be ahead by then with the slab of the next piece.
+    Lines of the target are cut only between pieces: another thread may be ahead by then with the
+    slab of the next piece.
     """
+    end = min(s + shape.tile, shape.S)
     if not streaming:
-        return s, s + size
-    piece = tiling(shape)[3]
+        return s, end
     skip = lead(element(view, n, c, 0))
-    first = s if s == 0 or t % piece == 0 else s + skip
-    last = s + size if (t + 1) % piece == 0 else s + size + skip
-    return min(first, shape.S), min(last, shape.S)
+    if s > 0 and not first:
+        s = min(s + skip, shape.S)
+    return s, end if last else min(end + skip, shape.S)
 
 
-@primitive
-def _normalize_tile(maps, slab, spares, shape, c, k, t, held, rectify):
-    n, s, size = _tile(shape, t)
-    y, mask = maps.y, maps.mask
-    streaming = shape.streaming and y.ds == 1
-    s, end = _written(y, shape, t, n, c, s, size, streaming)
+@inlined
+def _normalize_tile(maps, slab, spares, shape, n, c, k, s, end, held, rectify, streaming):
     size = end - s
+    y, mask = maps.y, maps.mask
     x_run = _kept(slab, shape, k, n, s)
     if missing(x_run):
         x_run = _near(maps.x, n, c, s, size, spares, 0)
@@ -164,11 +163,11 @@ def _normalize_tile(maps, slab, spares, shape, c, k, t, held, rectify):
         scatter(y_run, element(y, n, c, s), y.ds, size)
 
 
-@primitive
-def _sum_tile(x, slab, spares, shape, c, k, t, shift, sums):
-    n, s, size = _tile(shape, t)
+@inlined
+def _sum_tile(x, slab, spares, shape, n, c, k, s, shift, sums):
+    size = min(shape.tile, shape.S - s)
     run = _near(x, n, c, s, size, spares, 0)
-    return sum_run(run, _ahead(x, shape, c, t), _kept(slab, shape, k, n, s), size, shift, sums)
+    return sum_run(run, _ahead(x, shape, n, c, s), _kept(slab, shape, k, n, s), size, shift, sums)
 
 
 @primitive
@@ -183,17 +182,22 @@ def _forward_piece(maps, memory, shape, block, before, k, piece, rectify):
         spread(rounded(get(constants, 1), x.data)),
         spread(rounded(get(constants, 2), x.data)),
     )
-    n, s, _ = _tile(shape, _tiles_of(shape, piece).start)
+    streaming = shape.streaming and maps.y.ds == 1
+    n, s, tiles = _start(shape, piece)
     first = first_number(element(x, n, c, s), 0) if sums else 0.0
     shift, zero = spread(first), spread(0.0)
     found = zero, zero, zero, zero
     count = 0
-    for t in _tiles_of(shape, piece):
+    for t in range(tiles):
         if writes:
-            _normalize_tile(maps, slab, spares, shape, last, k, t, held, rectify)
+            begin, end = _written(maps.y, shape, n, last, s, t == 0, t == tiles - 1, streaming)
+            _normalize_tile(
+                maps, slab, spares, shape, n, last, k, begin, end, held, rectify, streaming
+            )
         if sums:
-            found = _sum_tile(x, slab, spares, shape, c, k, t, shift, found)
-            count += _tile(shape, t)[2]
+            found = _sum_tile(x, slab, spares, shape, n, c, k, s, shift, found)
+            count += min(shape.tile, shape.S - s)
+        n, s = _next(shape, n, s)
     if sums:
         partial = _partial(memory.work, shape, k, piece)
         mean, m2 = moments(
@@ -209,7 +213,7 @@ def _merged(work, shape, k):
     """Count, mean and M2 of a channel."""
     partial = _partial(work, shape, k, 0)
     count, mean, m2 = get(partial, 0), get(partial, 1), get(partial, 2)
-    for piece in range(1, tiling(shape)[4]):
+    for piece in range(1, shape.pieces):
         partial = _partial(work, shape, k, piece)
         count, mean, m2 = merge(count, mean, m2, get(partial, 0), get(partial, 1), get(partial, 2))
     return count, mean, m2
@@ -240,7 +244,7 @@ def _rounds(shape):
 def _forward_round(maps, parameters, settings, memory, shape, block, t):
     """Take a thread's share of a block and of the block before, or its own blocks one by one."""
     if shape.together:
-        tasks = shape.block * tiling(shape)[4]
+        tasks = shape.block * shape.pieces
         first, last = share(tasks, t, shape.threads)
         _forward_tasks(maps, spares_of(memory, t), shape, block, block - 1, first, last, settings.rectify)
     else:
@@ -248,7 +252,7 @@ def _forward_round(maps, parameters, settings, memory, shape, block, t):
         first, last = share(_blocks(shape), t, shape.threads)
         for block in range(first, last + 1):
             summed, written = block if block < last else -1, block - 1 if block > first else -1
-            tasks = shape.block * tiling(shape)[4]
+            tasks = shape.block * shape.pieces
             _forward_tasks(maps, memory, shape, summed, written, 0, tasks, settings.rectify)
             if block < last:
                 _finish_forward(maps.x, memory, shape, parameters, settings, block)
@@ -258,10 +262,9 @@ def _forward_round(maps, parameters, settings, memory, shape, block, t):
 @primitive
 def _forward_tasks(maps, memory, shape, block, before, first, last, rectify):
     """Take pieces of channels of two blocks."""
-    pieces = tiling(shape)[4]
     for task in range(first, last):
         _forward_piece(
-            maps, memory, shape, block, before, task // pieces, task % pieces, rectify
+            maps, memory, shape, block, before, task // shape.pieces, task % shape.pieces, rectify
         )
 
 
@@ -279,12 +282,19 @@ def forward_planes(maps, parameters, settings, memory, shape):
 def statistics_planes(maps, mean, m2, memory, shape):
     """Mean and M2 of each channel; one block holds all channels."""
     for t in prange(shape.threads):
-        first, last = share(shape.C * tiling(shape)[4], t, shape.threads)
+        first, last = share(shape.C * shape.pieces, t, shape.threads)
         _forward_tasks(maps, spares_of(memory, t), shape, 0, -1, first, last, False)
     for c in range(shape.C):
         _, channel_mean, channel_m2 = _merged(memory.work, shape, c)
         set_number(mean, c, channel_mean)
         set_number(m2, c, channel_m2)
+
+
+@primitive
+def _side_by_side(maps):
+    """Whether the places of a plane lie side by side in every map."""
+    residual = missing(maps.residual.data) or maps.residual.ds == 1
+    return residual and maps.x.ds == 1 and maps.y.ds == 1
 
 
 @primitive
@@ -294,11 +304,14 @@ def _normalize_planes(maps, parameters, settings, memory, shape, first, last):
         n, c = plane // shape.C, plane % shape.C
         high, scale, low = running_affine(maps.x, c, parameters, settings)
         held = spread(high), spread(scale), spread(low)
-        cuts = tiling(shape)[0]
-        for t in range(n * cuts, n * cuts + cuts):
+        streaming = shape.streaming and maps.y.ds == 1
+        # Only what has to be copied needs to be cut.
+        size = shape.S if _side_by_side(maps) else shape.tile
+        for s in range(0, shape.S, size):
             _normalize_tile(
-                maps, memory.slab, memory.spares, shape, c, 0, t, held, settings.rectify
-            )
+                maps, memory.slab, memory.spares, shape, n, c, 0, s, min(s + size, shape.S),
+                held, settings.rectify, streaming,
+            )  # fmt: skip
     store_fence()
 
 
@@ -312,26 +325,23 @@ def normalize_planes(maps, parameters, settings, memory, shape):
         )
 
 
-@primitive
-def _product_tile(maps, slab, spares, shape, c, k, t, mean, sums):
-    n, s, size = _tile(shape, t)
+@inlined
+def _product_tile(maps, slab, spares, shape, n, c, k, s, mean, sums):
+    size = min(shape.tile, shape.S - s)
     dy, x, mask = maps.dy, maps.x, maps.mask
     return product_run(
         _near(dy, n, c, s, size, spares, 0), _near(x, n, c, s, size, spares, 1),
-        _ahead(dy, shape, c, t), _ahead(x, shape, c, t),
+        _ahead(dy, shape, n, c, s), _ahead(x, shape, n, c, s),
         _kept(slab, shape, k, n, s), _kept(slab, shape, shape.block + k, n, s),
         mask.data, n * mask.dn + c * mask.dc + s * mask.ds, mask.ds,
         size, mean, sums,
     )  # fmt: skip
 
 
-@primitive
-def _gradient_tile(maps, slab, spares, shape, c, k, t, held, training):
-    n, s, size = _tile(shape, t)
-    dx, dresidual, mask = maps.dx, maps.dresidual, maps.mask
-    streaming = shape.streaming and dx.ds == 1
-    s, end = _written(dx, shape, t, n, c, s, size, streaming)
+@inlined
+def _gradient_tile(maps, slab, spares, shape, n, c, k, s, end, held, training, streaming):
     size = end - s
+    dx, dresidual, mask = maps.dx, maps.dresidual, maps.mask
     dy_run, x_run = _kept(slab, shape, k, n, s), _kept(slab, shape, shape.block + k, n, s)
     bits = nothing(mask.data)  # dy in the slab has gone through the ReLU
     if missing(x_run):
@@ -371,11 +381,17 @@ def _backward_piece(maps, gradients, memory, shape, block, before, k, piece, tra
     )
     mean, zero = spread(number(gradients.mean, c) if sums else 0.0), spread(0.0)
     found = zero, zero
-    for t in _tiles_of(shape, piece):
+    streaming = shape.streaming and maps.dx.ds == 1
+    n, s, tiles = _start(shape, piece)
+    for t in range(tiles):
         if writes:
-            _gradient_tile(maps, slab, spares, shape, last, k, t, held, training)
+            begin, end = _written(maps.dx, shape, n, last, s, t == 0, t == tiles - 1, streaming)
+            _gradient_tile(
+                maps, slab, spares, shape, n, last, k, begin, end, held, training, streaming
+            )
         if sums:
-            found = _product_tile(maps, slab, spares, shape, c, k, t, mean, found)
+            found = _product_tile(maps, slab, spares, shape, n, c, k, s, mean, found)
+        n, s = _next(shape, n, s)
     if sums:
         partial = _partial(memory.work, shape, k, piece)
         put(partial, 0, together(found[0]))
@@ -388,7 +404,7 @@ def _finish_backward(x, gradients, memory, shape, block):
     for k in range(min(shape.block, shape.C - block * shape.block)):
         c = block * shape.block + k
         total, product = 0.0, 0.0
-        for piece in range(tiling(shape)[4]):
+        for piece in range(shape.pieces):
             partial = _partial(memory.work, shape, k, piece)
             total += get(partial, 0)
             product += get(partial, 1)
@@ -400,7 +416,7 @@ def _finish_backward(x, gradients, memory, shape, block):
 def _backward_round(maps, gradients, training, memory, shape, block, t):
     """Take a thread's share of a block and of the block before, or its own blocks one by one."""
     if shape.together:
-        tasks = shape.block * tiling(shape)[4]
+        tasks = shape.block * shape.pieces
         first, last = share(tasks, t, shape.threads)
         _backward_tasks(
             maps, gradients, training, spares_of(memory, t), shape, block, block - 1, first, last
@@ -410,7 +426,7 @@ def _backward_round(maps, gradients, training, memory, shape, block, t):
         first, last = share(_blocks(shape), t, shape.threads)
         for block in range(first, last + 1):
             summed, written = block if block < last else -1, block - 1 if block > first else -1
-            tasks = shape.block * tiling(shape)[4]
+            tasks = shape.block * shape.pieces
             _backward_tasks(maps, gradients, training, memory, shape, summed, written, 0, tasks)
             if block < last:
                 _finish_backward(maps.x, gradients, memory, shape, block)
@@ -420,9 +436,8 @@ def _backward_round(maps, gradients, training, memory, shape, block, t):
 @primitive
 def _backward_tasks(maps, gradients, training, memory, shape, block, before, first, last):
     """Take pieces of channels of two blocks."""
-    pieces = tiling(shape)[4]
     for task in range(first, last):
-        k, piece = task // pieces, task % pieces
+        k, piece = task // shape.pieces, task % shape.pieces
         _backward_piece(maps, gradients, memory, shape, block, before, k, piece, training)
 
 

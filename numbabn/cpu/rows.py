@@ -21,7 +21,7 @@ from .intrinsics import (
     put,
     store_fence,
 )
-from .compilation import kernel, primitive
+from .compilation import inlined, kernel, primitive
 from .vector import (
     element,
     finish_backward,
@@ -53,55 +53,53 @@ CONSTANTS = 5  # numbers per column that writing takes, at most
 PARTIAL = 3  # numbers that are left of a piece of a channel: count, mean and M2, or two sums
 
 
-@primitive
-def tiling(shape):
-    """Tiles of one n, tiles in all, tiles of a piece, pieces."""
-    cuts = -(-shape.S // ROW_TILE)
-    tiles = shape.N * cuts
-    size = max(ROW_PIECE, -(-tiles // ROW_PIECES))
-    return cuts, tiles, size, -(-tiles // size)
+def tiling(N: int, S: int) -> tuple[int, int, int, int]:
+    """Rows of a tile, tiles of one n, tiles of a piece, pieces."""
+    cuts = -(-S // ROW_TILE)
+    piece = max(ROW_PIECE, -(-N * cuts // ROW_PIECES))
+    return ROW_TILE, cuts, piece, -(-N * cuts // piece)
 
 
-@primitive
-def _tile(shape, t):
-    """Where a tile's rows begin, and how many they are."""
-    cuts = -(-shape.S // ROW_TILE)
-    s = t % cuts * ROW_TILE
-    return t // cuts, s, min(ROW_TILE, shape.S - s)
+@inlined
+def _start(shape, piece):
+    """Where a piece begins, and its tiles."""
+    t = piece * shape.piece
+    return t // shape.cuts, t % shape.cuts * ROW_TILE, min(shape.piece, shape.N * shape.cuts - t)
 
 
-@primitive
-def _tiles_of(shape, piece):
-    _, tiles, size, _ = tiling(shape)
-    return range(piece * size, min(piece * size + size, tiles))
+@inlined
+def _next(shape, n, s):
+    """Where the next tile begins."""
+    s += ROW_TILE
+    return (n, s) if s < shape.S else (n + 1, 0)
 
 
-@primitive
+@inlined
 def _width(shape, block):
     """Columns of a block; 0 if there is no such block."""
     return max(0, min(shape.block, shape.C * shape.fold - block * shape.block)) if block >= 0 else 0
 
 
-@primitive
+@inlined
 def _constants(memory, shape, x, k):
     """Per column of a block, the constant ``k`` of five that writing takes."""
     return as_computed(moved(memory.work.data, k * shape.block), x.data)
 
 
-@primitive
+@inlined
 def _partial(work, shape, piece, k):
     """Where the sums of a piece of the block's channel ``k`` are kept."""
     channels = shape.block // shape.fold
     return moved(work.data, CONSTANTS * shape.block + (piece * channels + k) * PARTIAL)
 
 
-@primitive
+@inlined
 def _sums(memory, shape, k):
     """Per column of a block, shift, total and squares, or mean, total and product."""
     return moved(memory.sums.data, k * (shape.block + LANES))
 
 
-@primitive
+@inlined
 def _kept(slab, shape, n, s, j):
     """Where the slab keeps what was read at row (n, s) and column ``j`` of the block."""
     if missing(slab.data):
@@ -109,21 +107,22 @@ def _kept(slab, shape, n, s, j):
     return moved(slab.data, (n * shape.S + s) * shape.block + j)
 
 
-@primitive
-def _ahead(view, shape, block, t, j):
-    """Where the tile lies that will be summed some tiles later, maybe of the next block."""
-    cuts, tiles, _, _ = tiling(shape)
-    across = -(-_width(shape, block) // COLUMNS)
-    later = t * across + j // COLUMNS + ROW_AHEAD
-    t = later // across
-    if t >= tiles and _width(shape, block + 1) > 0:
-        t -= tiles
-        block += 1
-    n, s, _ = _tile(shape, min(t, tiles - 1))
-    return element(view, n, block * shape.block + later % across * COLUMNS, s)
+@inlined
+def _ahead(view, shape, width, j, n, s, at):
+    """Where the tile lies that will be summed some tiles later."""
+    at += ROW_AHEAD * COLUMNS
+    while at >= width:
+        at -= -(-width // COLUMNS) * COLUMNS
+        s += ROW_TILE
+    if s >= shape.S:
+        s -= shape.S
+        n += 1
+    if at < 0 or s >= shape.S or n >= shape.N:
+        return view.data
+    return element(view, n, j + at, s)
 
 
-@primitive
+@inlined
 def _near_row(view, n, j, s, size, spares, k):
     """Pointer to a row's columns from ``j`` on; if they lie apart, to a copy in spare row ``k``."""
     at = element(view, n, j, s)
@@ -133,7 +132,7 @@ def _near_row(view, n, j, s, size, spares, k):
     return moved(spares.data, k * SPARE)
 
 
-@primitive
+@inlined
 def _near_tile(view, n, j, s, rows, count, spares, k):
     """Pointer to some rows of some columns, and the step from row to row; copied if need be."""
     at = element(view, n, j, s)
@@ -145,7 +144,7 @@ def _near_tile(view, n, j, s, rows, count, spares, k):
     return spare, COLUMNS
 
 
-@primitive
+@inlined
 def _written(view, n, j, s, at, width, streaming):
     """First and last column to write of a tile's row; lines of the target are not cut in two."""
     skip = lead(element(view, n, j, s)) if streaming else 0
@@ -154,13 +153,16 @@ def _written(view, n, j, s, at, width, streaming):
     return min(first, width), min(last, width)
 
 
-@primitive
-def _normalize_tile(maps, memory, shape, block, t, at, rectify):
-    n, s, rows = _tile(shape, t)
-    j, y, mask, spares = block * shape.block, maps.y, maps.mask, memory.spares
+@inlined
+def _normalize_tile(maps, memory, shape, j, width, n, s, rows, at, rectify):
+    """Write some rows' columns from `at` on, of the block that begins with column ``j``."""
+    y, mask, spares = maps.y, maps.mask, memory.spares
     streaming = shape.streaming and y.dc == 1
+    high = _constants(memory, shape, maps.x, 0)
+    scale = _constants(memory, shape, maps.x, 1)
+    low = _constants(memory, shape, maps.x, 2)
     for s in range(s, s + rows):
-        first, last = _written(y, n, j, s, at, _width(shape, block), streaming)
+        first, last = _written(y, n, j, s, at, width, streaming)
         size = last - first
         x_row = _kept(memory.slab, shape, n, s, first)
         if missing(x_row):
@@ -171,35 +173,31 @@ def _normalize_tile(maps, memory, shape, block, t, at, rectify):
         normalize_run(
             x_row, _near_row(maps.residual, n, j + first, s, size, spares, 1), y_row,
             mask.data, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
-            moved(_constants(memory, shape, maps.x, 0), first),
-            moved(_constants(memory, shape, maps.x, 1), first),
-            moved(_constants(memory, shape, maps.x, 2), first),
-            rectify, streaming,
+            moved(high, first), moved(scale, first), moved(low, first), rectify, streaming,
         )  # fmt: skip
         if y.dc != 1:
             scatter(y_row, element(y, n, j + first, s), y.dc, size)
 
 
-@primitive
-def _sum_tile(x, memory, shape, block, t, at):
-    n, s, rows = _tile(shape, t)
-    j, end = block * shape.block, min(at + COLUMNS, _width(shape, block))
+@inlined
+def _sum_tile(x, memory, shape, j, width, n, s, rows, at):
+    """Sum some rows' columns from `at` on, of the block that begins with column ``j``."""
+    end = min(at + COLUMNS, width)
     run, step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 0)
-    ahead = _ahead(x, shape, block, t, at)
+    ahead = _ahead(x, shape, width, j, n, s, at)
+    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
     for i in range(at, end, LANES):
         sum_columns(
             moved(run, i - at), step, moved(ahead, i - at), x.ds,
             _kept(memory.slab, shape, n, s, i), shape.block, rows, min(LANES, end - i),
-            moved(_sums(memory, shape, 0), i),
-            moved(_sums(memory, shape, 1), i),
-            moved(_sums(memory, shape, 2), i),
+            moved(shift, i), moved(total, i), moved(squares, i),
         )  # fmt: skip
 
 
 @primitive
 def _start_sums(x, memory, shape, block, piece):
     """Choose each channel's shift, and set the sums to 0."""
-    n, s, _ = _tile(shape, _tiles_of(shape, piece).start)
+    n, s, _ = _start(shape, piece)
     shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
     for at in range(0, _width(shape, block), shape.fold):
         first = first_number(element(x, n, block * shape.block + at, s), 0)
@@ -230,13 +228,18 @@ def _forward_piece(maps, memory, shape, block, before, piece, rectify):
     if sums:
         _start_sums(maps.x, memory, shape, block, piece)
     count = 0
-    for t in _tiles_of(shape, piece):
+    n, s, tiles = _start(shape, piece)
+    for _ in range(tiles):
+        rows = min(ROW_TILE, shape.S - s)
         for at in range(0, max(writes, sums), COLUMNS):
             if at < writes:
-                _normalize_tile(maps, memory, shape, before, t, at, rectify)
+                _normalize_tile(
+                    maps, memory, shape, before * shape.block, writes, n, s, rows, at, rectify
+                )
             if at < sums:
-                _sum_tile(maps.x, memory, shape, block, t, at)
-        count += _tile(shape, t)[2]
+                _sum_tile(maps.x, memory, shape, block * shape.block, sums, n, s, rows, at)
+        count += rows
+        n, s = _next(shape, n, s)
     if sums:
         _finish_sums(memory, shape, block, piece, count)
 
@@ -246,7 +249,7 @@ def _merged(work, shape, k):
     """Count, mean and M2 of a channel."""
     partial = _partial(work, shape, 0, k)
     count, mean, m2 = get(partial, 0), get(partial, 1), get(partial, 2)
-    for piece in range(1, tiling(shape)[3]):
+    for piece in range(1, shape.pieces):
         partial = _partial(work, shape, piece, k)
         count, mean, m2 = merge(count, mean, m2, get(partial, 0), get(partial, 1), get(partial, 2))
     return count, mean, m2
@@ -285,10 +288,9 @@ def _rounds(shape):
 @primitive
 def _forward_round(maps, parameters, settings, memory, shape, block, t):
     """Take a thread's share of a block and of the block before, or its own blocks one by one."""
-    pieces = tiling(shape)[3]
     if shape.together:
         memory = spares_of(memory, t)
-        first, last = share(pieces, t, shape.threads)
+        first, last = share(shape.pieces, t, shape.threads)
         for piece in range(first, last):
             _forward_piece(maps, memory, shape, block, block - 1, piece, settings.rectify)
     else:
@@ -296,7 +298,7 @@ def _forward_round(maps, parameters, settings, memory, shape, block, t):
         first, last = share(_blocks(shape), t, shape.threads)
         for block in range(first, last + 1):
             summed, written = block if block < last else -1, block - 1 if block > first else -1
-            for piece in range(pieces):
+            for piece in range(shape.pieces):
                 _forward_piece(maps, memory, shape, summed, written, piece, settings.rectify)
             _finish_forward(maps.x, memory, shape, parameters, settings, summed)
     store_fence()
@@ -314,7 +316,7 @@ def forward_rows(maps, parameters, settings, memory, shape):
 
 @primitive
 def _statistics_share(maps, memory, shape, t):
-    first, last = share(tiling(shape)[3], t, shape.threads)
+    first, last = share(shape.pieces, t, shape.threads)
     for piece in range(first, last):
         _forward_piece(maps, memory, shape, 0, -1, piece, False)
 
@@ -355,10 +357,11 @@ def _normalize_share(maps, memory, shape, rectify, t):
                 rectify, shape.streaming,
             )  # fmt: skip
     else:
-        first, last = share(tiling(shape)[1], t, shape.threads)
-        for tile in range(first, last):
+        first, last = share(shape.N * shape.S, t, shape.threads)
+        for row in range(first, last):
             for at in range(0, shape.block, COLUMNS):
-                _normalize_tile(maps, memory, shape, 0, tile, at, rectify)
+                n, s = row // shape.S, row % shape.S
+                _normalize_tile(maps, memory, shape, 0, shape.block, n, s, 1, at, rectify)
     store_fence()
 
 
@@ -372,36 +375,38 @@ def normalize_rows(maps, parameters, settings, memory, shape):
         _normalize_share(maps, spares_of(memory, t), shape, settings.rectify, t)
 
 
-@primitive
-def _product_tile(maps, memory, shape, block, t, at):
-    n, s, rows = _tile(shape, t)
-    j, end = block * shape.block, min(at + COLUMNS, _width(shape, block))
+@inlined
+def _product_tile(maps, memory, shape, j, width, n, s, rows, at):
+    """Sum some rows' columns from `at` on, of the block that begins with column ``j``."""
+    end = min(at + COLUMNS, width)
     dy, x, mask = maps.dy, maps.x, maps.mask
     dy_run, dy_step = _near_tile(dy, n, j + at, s, rows, end - at, memory.spares, 0)
     x_run, x_step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 1)
-    ahead_dy, ahead_x = _ahead(dy, shape, block, t, at), _ahead(x, shape, block, t, at)
-    kept_x = _kept(memory.slab, shape, shape.N + n, s, at)
+    ahead_dy = _ahead(dy, shape, width, j, n, s, at)
+    ahead_x = _ahead(x, shape, width, j, n, s, at)
+    mean, total, product = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
     for i in range(at, end, LANES):
         product_columns(
             moved(dy_run, i - at), dy_step, moved(x_run, i - at), x_step,
             moved(ahead_dy, i - at), dy.ds, moved(ahead_x, i - at), x.ds,
             _kept(memory.slab, shape, n, s, i), _kept(memory.slab, shape, shape.N + n, s, i),
             shape.block, mask.data, n * mask.dn + (j + i) * mask.dc + s * mask.ds, mask.ds, mask.dc,
-            rows, min(LANES, end - i),
-            moved(_sums(memory, shape, 0), i),
-            moved(_sums(memory, shape, 1), i),
-            moved(_sums(memory, shape, 2), i),
+            rows, min(LANES, end - i), moved(mean, i), moved(total, i), moved(product, i),
         )  # fmt: skip
 
 
-@primitive
-def _gradient_tile(maps, memory, shape, block, t, at, training):
-    n, s, rows = _tile(shape, t)
-    j, spares = block * shape.block, memory.spares
-    dx, dresidual, mask = maps.dx, maps.dresidual, maps.mask
+@inlined
+def _gradient_tile(maps, memory, shape, j, width, n, s, rows, at, training):
+    """Write some rows' columns from `at` on, of the block that begins with column ``j``."""
+    spares, dx, dresidual, mask = memory.spares, maps.dx, maps.dresidual, maps.mask
     streaming = shape.streaming and dx.dc == 1
+    dy_high = _constants(memory, shape, maps.x, 0)
+    high = _constants(memory, shape, maps.x, 1)
+    slope = _constants(memory, shape, maps.x, 2)
+    scale = _constants(memory, shape, maps.x, 3)
+    low = _constants(memory, shape, maps.x, 4)
     for s in range(s, s + rows):
-        first, last = _written(dx, n, j, s, at, _width(shape, block), streaming)
+        first, last = _written(dx, n, j, s, at, width, streaming)
         size = last - first
         dy_row = _kept(memory.slab, shape, n, s, first)
         x_row = _kept(memory.slab, shape, shape.N + n, s, first)
@@ -419,12 +424,8 @@ def _gradient_tile(maps, memory, shape, block, t, at, training):
         gradient_run(
             dy_row, x_row, dx_row, residual_row,
             bits, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
-            moved(_constants(memory, shape, maps.x, 0), first),
-            moved(_constants(memory, shape, maps.x, 1), first),
-            moved(_constants(memory, shape, maps.x, 2), first),
-            moved(_constants(memory, shape, maps.x, 3), first),
-            moved(_constants(memory, shape, maps.x, 4), first),
-            training, streaming,
+            moved(dy_high, first), moved(high, first), moved(slope, first), moved(scale, first),
+            moved(low, first), training, streaming,
         )  # fmt: skip
         if dx.dc != 1:
             scatter(dx_row, element(dx, n, j + first, s), dx.dc, size)
@@ -461,12 +462,17 @@ def _backward_piece(maps, gradients, memory, shape, block, before, piece, traini
     """Write a piece of block `before`, and sum that piece of `block`; -1 is none."""
     writes, sums = _width(shape, before), _width(shape, block)
     _start_products(gradients, memory, shape, block)
-    for t in _tiles_of(shape, piece):
+    n, s, tiles = _start(shape, piece)
+    for _ in range(tiles):
+        rows = min(ROW_TILE, shape.S - s)
         for at in range(0, max(writes, sums), COLUMNS):
             if at < writes:
-                _gradient_tile(maps, memory, shape, before, t, at, training)
+                _gradient_tile(
+                    maps, memory, shape, before * shape.block, writes, n, s, rows, at, training
+                )
             if at < sums:
-                _product_tile(maps, memory, shape, block, t, at)
+                _product_tile(maps, memory, shape, block * shape.block, sums, n, s, rows, at)
+        n, s = _next(shape, n, s)
     _finish_products(memory, shape, block, piece)
 
 
@@ -476,7 +482,7 @@ def _finish_backward(x, gradients, memory, shape, block):
     for k in range(_width(shape, block) // shape.fold):
         c = block * shape.block // shape.fold + k
         total, product = 0.0, 0.0
-        for piece in range(tiling(shape)[3]):
+        for piece in range(shape.pieces):
             partial = _partial(memory.work, shape, piece, k)
             total += get(partial, 0)
             product += get(partial, 1)
@@ -488,10 +494,9 @@ def _finish_backward(x, gradients, memory, shape, block):
 @primitive
 def _backward_round(maps, gradients, training, memory, shape, block, t):
     """Take a thread's share of a block and of the block before, or its own blocks one by one."""
-    pieces = tiling(shape)[3]
     if shape.together:
         memory = spares_of(memory, t)
-        first, last = share(pieces, t, shape.threads)
+        first, last = share(shape.pieces, t, shape.threads)
         for piece in range(first, last):
             _backward_piece(maps, gradients, memory, shape, block, block - 1, piece, training)
     else:
@@ -499,7 +504,7 @@ def _backward_round(maps, gradients, training, memory, shape, block, t):
         first, last = share(_blocks(shape), t, shape.threads)
         for block in range(first, last + 1):
             summed, written = block if block < last else -1, block - 1 if block > first else -1
-            for piece in range(pieces):
+            for piece in range(shape.pieces):
                 _backward_piece(maps, gradients, memory, shape, summed, written, piece, training)
             _finish_backward(maps.x, gradients, memory, shape, summed)
     store_fence()

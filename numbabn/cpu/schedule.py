@@ -74,8 +74,9 @@ def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: 
     block = 1
     if operation == "statistics" or (together and channel > fits):
         together, block = True, C
-    shape = Shape(N, C, S, 1, block, together, threads, x_bytes > STREAM_BYTES)
-    _, _, _, _, pieces = planes.tiling.py_func(shape)
+    tiling = planes.tiling(N, S)
+    shape = Shape(N, C, S, 1, block, together, threads, x_bytes > STREAM_BYTES, *tiling)
+    pieces = shape.pieces
     slab = N * S * summed * block if block == 1 and x_bytes > STREAM_BYTES else 0
     return _Cut(
         shape, slab, 4 * planes.SPARE, 0, block * (planes.CONSTANTS + pieces * planes.PARTIAL)
@@ -102,8 +103,9 @@ def _cut_rows(
             together, block = False, min(wanted, most)
         elif M * unit * itemsize * summed <= fits:
             block = unit
-    shape = Shape(N, C, S, fold, block, together, threads, x_bytes > STREAM_BYTES)
-    pieces = rows.tiling.py_func(shape)[3]
+    tiling = rows.tiling(N, S)
+    shape = Shape(N, C, S, fold, block, together, threads, x_bytes > STREAM_BYTES, *tiling)
+    pieces = shape.pieces
     fused = block < width or not together
     slab = M * block * summed if fused and x_bytes > STREAM_BYTES else 0
     return _Cut(

@@ -39,7 +39,7 @@ from .intrinsics import (
     transfer_first,
     wide,
 )
-from .compilation import primitive
+from .compilation import inlined, primitive
 
 
 # Numbers.
@@ -105,7 +105,7 @@ def _bits(mask, bit, step, count):
     return word
 
 
-@primitive
+@inlined
 def lead(pointer):
     """How many numbers lie before the first address that can be streamed to."""
     line = min(LINE, LANES * itemsize(pointer))
@@ -115,7 +115,7 @@ def lead(pointer):
 # Runs that are written.
 
 
-@primitive
+@inlined
 def normalize_run(x, residual, y, mask, bit, step, size, mean, scale, shift, rectify, streaming):
     """``y = act((x - mean) * scale + shift + residual)``.
 
@@ -154,7 +154,7 @@ def normalize_run(x, residual, y, mask, bit, step, size, mean, scale, shift, rec
     )
 
 
-@primitive
+@inlined
 def _normalize_part(x, residual, y, mask, bit, step, i, count, mean, scale, shift, rectify):
     """`normalize_run` of fewer than sixteen numbers."""
     if count > 0:
@@ -197,7 +197,7 @@ def _normalize_masked(x, residual, y, mask, bit, step, first, last, mean, scale,
         or_byte(mask, (bit + last) >> 3, np.uint8(carry))
 
 
-@primitive
+@inlined
 def gradient_run(
     dy, x, dx, dresidual, mask, bit, step, size,
     dy_mean, mean, slope, scale, shift, training, streaming,
@@ -245,7 +245,7 @@ def gradient_run(
     )  # fmt: skip
 
 
-@primitive
+@inlined
 def _gradient_part(
     dy, x, dx, dresidual, mask, bit, step, i, count,
     dy_mean, mean, slope, scale, shift, training,
@@ -270,7 +270,7 @@ def _gradient_part(
 # what will be read some kilobytes later.
 
 
-@primitive
+@inlined
 def sum_run(x, ahead, slab, size, shift, sums):
     """Add deviations and their squares to `sums`: two totals, two sums of squares."""
     total, squares, total_b, squares_b = sums
@@ -299,7 +299,7 @@ def sum_run(x, ahead, slab, size, shift, sums):
     return total, squares, total_b, squares_b
 
 
-@primitive
+@inlined
 def product_run(dy, x, ahead_dy, ahead_x, slab_dy, slab_x, mask, bit, step, size, mean, sums):
     """Add dy and dy * (x - mean) to `sums`, dy having gone through the ReLU if there is a mask."""
     total, product = sums
@@ -332,7 +332,7 @@ def product_run(dy, x, ahead_dy, ahead_x, slab_dy, slab_x, mask, bit, step, size
 # row to the next.
 
 
-@primitive
+@inlined
 def sum_columns(
     x, step, ahead, ahead_step, slab, slab_step, rows, count, shift, total, squares
 ):
@@ -353,7 +353,7 @@ def sum_columns(
     store(squares, 0, q)
 
 
-@primitive
+@inlined
 def product_columns(
     dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
     slab_dy, slab_x, slab_step, mask, bit, bit_row, step, rows, count, mean, total, product,
@@ -426,7 +426,7 @@ def sum_of(numbers, at, count):
 # Where things lie, and whose they are.
 
 
-@primitive
+@inlined
 def element(view, n, c, s):
     """Pointer to an element; null if the view is None."""
     if missing(view.data):
@@ -434,7 +434,7 @@ def element(view, n, c, s):
     return moved(view.data, n * view.dn + c * view.dc + s * view.ds)
 
 
-@primitive
+@inlined
 def share(tasks, t, threads):
     """First and last of a thread's tasks."""
     return tasks * t // threads, tasks * (t + 1) // threads
