@@ -95,6 +95,7 @@ class Shape(NamedTuple):
     together: bool  # whether all threads work on one block
     threads: int
     streaming: bool  # whether results go past the caches
+    offset: int  # columns that the first block of rows lacks, so that blocks of y begin with a line
     tile: int  # elements of a plane, or rows, that are taken in one go
     cuts: int  # tiles of one n
     piece: int  # tiles of a channel, or of rows, that are summed together
@@ -270,6 +271,6 @@ def signature(kind: type, dtype: Any) -> types.NamedTuple:
         Gradients: (numbers,) * 5,
         Settings: (types.float64, types.float64, types.float64, types.boolean),
         Memory: (strided, strided, wide, wide),
-        Shape: (*(types.intp,) * 5, types.boolean, types.intp, types.boolean, *(types.intp,) * 4),
+        Shape: (*(types.intp,) * 5, types.boolean, types.intp, types.boolean, *(types.intp,) * 5),
     }[kind]
     return types.NamedTuple(members, kind)

@@ -28,10 +28,12 @@ from .vector import (
     finish_forward,
     first_number,
     gather,
+    gradient_columns,
     gradient_run,
     lead,
     merge,
     moments,
+    normalize_columns,
     normalize_run,
     of_thread,
     product_columns,
@@ -75,9 +77,22 @@ def _next(shape, n, s):
 
 
 @inlined
+def _first(shape, block):
+    """First column of a block."""
+    return max(0, block * shape.block - shape.offset)
+
+
+@inlined
 def _width(shape, block):
     """Columns of a block; 0 if there is no such block."""
-    return max(0, min(shape.block, shape.C * shape.fold - block * shape.block)) if block >= 0 else 0
+    last = min(block * shape.block - shape.offset + shape.block, shape.C * shape.fold)
+    return max(0, last - _first(shape, block)) if block >= 0 else 0
+
+
+@inlined
+def _channel(shape, block):
+    """First channel of a block."""
+    return _first(shape, block) // shape.fold
 
 
 @inlined
@@ -136,12 +151,12 @@ def _near_row(view, n, j, s, size, spares, k):
 def _near_tile(view, n, j, s, rows, count, spares, k):
     """Pointer to some rows of some columns, and the step from row to row; copied if need be."""
     at = element(view, n, j, s)
-    if view.dc == 1:
+    if view.dc == 1 or missing(at):
         return at, view.ds
-    spare = moved(spares.data, 4 * SPARE + k * ROW_TILE * COLUMNS)
+    spare = moved(spares.data, (4 + k * ROW_TILE) * SPARE)
     for r in range(rows):
-        gather(element(view, n, j, s + r), view.dc, moved(spare, r * COLUMNS), count)
-    return spare, COLUMNS
+        gather(element(view, n, j, s + r), view.dc, moved(spare, r * SPARE), count)
+    return spare, SPARE
 
 
 @inlined
@@ -154,29 +169,69 @@ def _written(view, n, j, s, at, width, streaming):
 
 
 @inlined
+def _uniform(view):
+    """Whether the lines of all rows begin at the same columns."""
+    return view.dc == 1 and view.ds % LANES == 0
+
+
+@inlined
+def _group(view, n, j, s, i, last, streaming):
+    """How many of the columns from `i` on to write together, so that lines are not cut in two."""
+    skip = lead(element(view, n, j + i, s)) if streaming else 0
+    return min(skip if skip else LANES, last - i)
+
+
+@inlined
 def _normalize_tile(maps, memory, shape, j, width, n, s, rows, at, rectify):
     """Write some rows' columns from `at` on, of the block that begins with column ``j``."""
+    x, residual, y = maps.x, maps.residual, maps.y
+    streaming = shape.streaming and y.dc == 1
+    high = _constants(memory, shape, x, 0)
+    scale = _constants(memory, shape, x, 1)
+    low = _constants(memory, shape, x, 2)
+    if missing(maps.mask.data) and _uniform(y):
+        i, last = _written(y, n, j, s, at, width, streaming)
+        x_run, x_step = _kept(memory.slab, shape, n, s, i), shape.block
+        if missing(x_run):
+            x_run, x_step = _near_tile(x, n, j + i, s, rows, last - i, memory.spares, 0)
+        residual_run, residual_step = _near_tile(
+            residual, n, j + i, s, rows, last - i, memory.spares, 1
+        )
+        first = i
+        while i < last:
+            count = _group(y, n, j, s, i, last, streaming)
+            normalize_columns(
+                moved(x_run, i - first), x_step,
+                residual_run if missing(residual_run) else moved(residual_run, i - first),
+                residual_step, element(y, n, j + i, s), y.ds, maps.mask.data, rows, count,
+                moved(high, i), moved(scale, i), moved(low, i), rectify, streaming,
+            )  # fmt: skip
+            i += count
+    else:
+        for s in range(s, s + rows):
+            _normalize_row(maps, memory, shape, j, width, n, s, at, high, scale, low, rectify)
+
+
+@primitive
+def _normalize_row(maps, memory, shape, j, width, n, s, at, high, scale, low, rectify):
+    """Write one row's columns from `at` on, of the block that begins with column ``j``."""
     y, mask, spares = maps.y, maps.mask, memory.spares
     streaming = shape.streaming and y.dc == 1
-    high = _constants(memory, shape, maps.x, 0)
-    scale = _constants(memory, shape, maps.x, 1)
-    low = _constants(memory, shape, maps.x, 2)
-    for s in range(s, s + rows):
-        first, last = _written(y, n, j, s, at, width, streaming)
-        size = last - first
-        x_row = _kept(memory.slab, shape, n, s, first)
-        if missing(x_row):
-            x_row = _near_row(maps.x, n, j + first, s, size, spares, 0)
-        y_row = element(y, n, j + first, s)
-        if y.dc != 1:
-            y_row = moved(spares.data, 2 * SPARE)
-        normalize_run(
-            x_row, _near_row(maps.residual, n, j + first, s, size, spares, 1), y_row,
-            mask.data, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
-            moved(high, first), moved(scale, first), moved(low, first), rectify, streaming,
-        )  # fmt: skip
-        if y.dc != 1:
-            scatter(y_row, element(y, n, j + first, s), y.dc, size)
+    first, last = _written(y, n, j, s, at, width, streaming)
+    size = last - first
+    x_row = _kept(memory.slab, shape, n, s, first)
+    if missing(x_row):
+        x_row = _near_row(maps.x, n, j + first, s, size, spares, 0)
+    y_row = element(y, n, j + first, s)
+    if y.dc != 1:
+        y_row = moved(spares.data, 2 * SPARE)
+    normalize_run(
+        x_row, _near_row(maps.residual, n, j + first, s, size, spares, 1), y_row,
+        mask.data, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
+        moved(high, first), moved(scale, first), moved(low, first), rectify, streaming,
+    )  # fmt: skip
+    if y.dc != 1:
+        scatter(y_row, element(y, n, j + first, s), y.dc, size)
 
 
 @inlined
@@ -200,7 +255,7 @@ def _start_sums(x, memory, shape, block, piece):
     n, s, _ = _start(shape, piece)
     shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
     for at in range(0, _width(shape, block), shape.fold):
-        first = first_number(element(x, n, block * shape.block + at, s), 0)
+        first = first_number(element(x, n, _first(shape, block) + at, s), 0)
         for k in range(at, at + shape.fold):
             put(shift, k, first)
             put(total, k, 0.0)
@@ -234,10 +289,10 @@ def _forward_piece(maps, memory, shape, block, before, piece, rectify):
         for at in range(0, max(writes, sums), COLUMNS):
             if at < writes:
                 _normalize_tile(
-                    maps, memory, shape, before * shape.block, writes, n, s, rows, at, rectify
+                    maps, memory, shape, _first(shape, before), writes, n, s, rows, at, rectify
                 )
             if at < sums:
-                _sum_tile(maps.x, memory, shape, block * shape.block, sums, n, s, rows, at)
+                _sum_tile(maps.x, memory, shape, _first(shape, block), sums, n, s, rows, at)
         count += rows
         n, s = _next(shape, n, s)
     if sums:
@@ -268,7 +323,7 @@ def _set_constants(memory, shape, x, k, values):
 def _finish_forward(x, memory, shape, parameters, settings, block):
     """Save a block's statistics, and what writing it takes."""
     for k in range(_width(shape, block) // shape.fold):
-        c = block * shape.block // shape.fold + k
+        c = _channel(shape, block) + k
         count, mean, m2 = _merged(memory.work, shape, k)
         constants = finish_forward(x, c, count, mean, m2, parameters, settings)
         _set_constants(memory, shape, x, k, constants)
@@ -276,7 +331,7 @@ def _finish_forward(x, memory, shape, parameters, settings, block):
 
 @primitive
 def _blocks(shape):
-    return -(-shape.C * shape.fold // shape.block)
+    return -(-(shape.C * shape.fold + shape.offset) // shape.block)
 
 
 @primitive
@@ -398,39 +453,69 @@ def _product_tile(maps, memory, shape, j, width, n, s, rows, at):
 @inlined
 def _gradient_tile(maps, memory, shape, j, width, n, s, rows, at, training):
     """Write some rows' columns from `at` on, of the block that begins with column ``j``."""
-    spares, dx, dresidual, mask = memory.spares, maps.dx, maps.dresidual, maps.mask
+    dy, x, dx = maps.dy, maps.x, maps.dx
     streaming = shape.streaming and dx.dc == 1
-    dy_high = _constants(memory, shape, maps.x, 0)
-    high = _constants(memory, shape, maps.x, 1)
-    slope = _constants(memory, shape, maps.x, 2)
-    scale = _constants(memory, shape, maps.x, 3)
-    low = _constants(memory, shape, maps.x, 4)
-    for s in range(s, s + rows):
-        first, last = _written(dx, n, j, s, at, width, streaming)
-        size = last - first
-        dy_row = _kept(memory.slab, shape, n, s, first)
-        x_row = _kept(memory.slab, shape, shape.N + n, s, first)
-        bits = nothing(mask.data)  # dy in the slab has gone through the ReLU
-        if missing(x_row):
-            bits = mask.data
-            dy_row = _near_row(maps.dy, n, j + first, s, size, spares, 0)
-            x_row = _near_row(maps.x, n, j + first, s, size, spares, 1)
-        dx_row = element(dx, n, j + first, s)
-        if dx.dc != 1:
-            dx_row = moved(spares.data, 2 * SPARE)
-        residual_row = element(dresidual, n, j + first, s)
-        if not missing(residual_row) and dresidual.dc != 1:
-            residual_row = moved(spares.data, 3 * SPARE)
-        gradient_run(
-            dy_row, x_row, dx_row, residual_row,
-            bits, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
-            moved(dy_high, first), moved(high, first), moved(slope, first), moved(scale, first),
-            moved(low, first), training, streaming,
-        )  # fmt: skip
-        if dx.dc != 1:
-            scatter(dx_row, element(dx, n, j + first, s), dx.dc, size)
-        if not missing(residual_row) and dresidual.dc != 1:
-            scatter(residual_row, element(dresidual, n, j + first, s), dresidual.dc, size)
+    dy_high = _constants(memory, shape, x, 0)
+    high = _constants(memory, shape, x, 1)
+    slope = _constants(memory, shape, x, 2)
+    scale = _constants(memory, shape, x, 3)
+    low = _constants(memory, shape, x, 4)
+    gated = missing(maps.mask.data) or not missing(memory.slab.data)
+    if gated and missing(maps.dresidual.data) and training and _uniform(dx):
+        i, last = _written(dx, n, j, s, at, width, streaming)
+        dy_run, dy_step = _kept(memory.slab, shape, n, s, i), shape.block
+        x_run, x_step = _kept(memory.slab, shape, shape.N + n, s, i), shape.block
+        if missing(x_run):
+            dy_run, dy_step = _near_tile(dy, n, j + i, s, rows, last - i, memory.spares, 0)
+            x_run, x_step = _near_tile(x, n, j + i, s, rows, last - i, memory.spares, 1)
+        first = i
+        while i < last:
+            count = _group(dx, n, j, s, i, last, streaming)
+            gradient_columns(
+                moved(dy_run, i - first), dy_step, moved(x_run, i - first), x_step,
+                element(dx, n, j + i, s), dx.ds, maps.mask.data, rows, count,
+                moved(dy_high, i), moved(high, i), moved(slope, i), moved(scale, i), moved(low, i),
+                streaming,
+            )  # fmt: skip
+            i += count
+    else:
+        for s in range(s, s + rows):
+            _gradient_row(
+                maps, memory, shape, j, width, n, s, at, (dy_high, high, slope, scale, low), training
+            )
+
+
+@primitive
+def _gradient_row(maps, memory, shape, j, width, n, s, at, constants, training):
+    """Write one row's columns from `at` on, of the block that begins with column ``j``."""
+    spares, dx, dresidual, mask = memory.spares, maps.dx, maps.dresidual, maps.mask
+    dy_high, high, slope, scale, low = constants
+    streaming = shape.streaming and dx.dc == 1
+    first, last = _written(dx, n, j, s, at, width, streaming)
+    size = last - first
+    dy_row = _kept(memory.slab, shape, n, s, first)
+    x_row = _kept(memory.slab, shape, shape.N + n, s, first)
+    bits = nothing(mask.data)  # dy in the slab has gone through the ReLU
+    if missing(x_row):
+        bits = mask.data
+        dy_row = _near_row(maps.dy, n, j + first, s, size, spares, 0)
+        x_row = _near_row(maps.x, n, j + first, s, size, spares, 1)
+    dx_row = element(dx, n, j + first, s)
+    if dx.dc != 1:
+        dx_row = moved(spares.data, 2 * SPARE)
+    residual_row = element(dresidual, n, j + first, s)
+    if not missing(residual_row) and dresidual.dc != 1:
+        residual_row = moved(spares.data, 3 * SPARE)
+    gradient_run(
+        dy_row, x_row, dx_row, residual_row,
+        bits, n * mask.dn + (j + first) * mask.dc + s * mask.ds, mask.dc, size,
+        moved(dy_high, first), moved(high, first), moved(slope, first), moved(scale, first),
+        moved(low, first), training, streaming,
+    )  # fmt: skip
+    if dx.dc != 1:
+        scatter(dx_row, element(dx, n, j + first, s), dx.dc, size)
+    if not missing(residual_row) and dresidual.dc != 1:
+        scatter(residual_row, element(dresidual, n, j + first, s), dresidual.dc, size)
 
 
 @primitive
@@ -440,7 +525,7 @@ def _start_products(gradients, memory, shape, block):
         _sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2)
     )  # fmt: skip
     for at in range(0, _width(shape, block), shape.fold):
-        channel_mean = number(gradients.mean, (block * shape.block + at) // shape.fold)
+        channel_mean = number(gradients.mean, (_first(shape, block) + at) // shape.fold)
         for k in range(at, at + shape.fold):
             put(mean, k, channel_mean)
             put(total, k, 0.0)
@@ -468,10 +553,10 @@ def _backward_piece(maps, gradients, memory, shape, block, before, piece, traini
         for at in range(0, max(writes, sums), COLUMNS):
             if at < writes:
                 _gradient_tile(
-                    maps, memory, shape, before * shape.block, writes, n, s, rows, at, training
+                    maps, memory, shape, _first(shape, before), writes, n, s, rows, at, training
                 )
             if at < sums:
-                _product_tile(maps, memory, shape, block * shape.block, sums, n, s, rows, at)
+                _product_tile(maps, memory, shape, _first(shape, block), sums, n, s, rows, at)
         n, s = _next(shape, n, s)
     _finish_products(memory, shape, block, piece)
 
@@ -480,7 +565,7 @@ def _backward_piece(maps, gradients, memory, shape, block, before, piece, traini
 def _finish_backward(x, gradients, memory, shape, block):
     """Save a block's gradients by weight and bias, and what writing it takes."""
     for k in range(_width(shape, block) // shape.fold):
-        c = block * shape.block // shape.fold + k
+        c = _channel(shape, block) + k
         total, product = 0.0, 0.0
         for piece in range(shape.pieces):
             partial = _partial(memory.work, shape, piece, k)

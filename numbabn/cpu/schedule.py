@@ -75,7 +75,8 @@ def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: 
     if operation == "statistics" or (together and channel > fits):
         together, block = True, C
     tiling = planes.tiling(N, S)
-    shape = Shape(N, C, S, 1, block, together, threads, x_bytes > STREAM_BYTES, *tiling)
+    streaming = x_bytes > STREAM_BYTES
+    shape = Shape(N, C, S, 1, block, together, threads, streaming, 0, *tiling)
     pieces = shape.pieces
     slab = N * S * summed * block if block == 1 and x_bytes > STREAM_BYTES else 0
     return _Cut(
@@ -84,7 +85,7 @@ def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: 
 
 
 def _cut_rows(
-    operation: str, N: int, C: int, S: int, fold: int, itemsize: int, threads: int
+    operation: str, N: int, C: int, S: int, fold: int, itemsize: int, threads: int, offset: int
 ) -> _Cut:
     summed, width, M = _SUMMED[operation], C * fold, N * S
     x_bytes = M * width * itemsize
@@ -104,21 +105,56 @@ def _cut_rows(
         elif M * unit * itemsize * summed <= fits:
             block = unit
     tiling = rows.tiling(N, S)
-    shape = Shape(N, C, S, fold, block, together, threads, x_bytes > STREAM_BYTES, *tiling)
+    streaming = x_bytes > STREAM_BYTES
+    offset = offset if streaming and fold == 1 and block < width else 0
+    shape = Shape(N, C, S, fold, block, together, threads, streaming, offset, *tiling)
     pieces = shape.pieces
     fused = block < width or not together
     slab = M * block * summed if fused and x_bytes > STREAM_BYTES else 0
     return _Cut(
-        shape, slab, 4 * rows.SPARE + 2 * rows.ROW_TILE * rows.COLUMNS, 3 * (block + LANES),
+        shape, slab, (4 + 2 * rows.ROW_TILE) * rows.SPARE, 3 * (block + LANES),
         block * rows.CONSTANTS + LANES + pieces * (block // fold) * rows.PARTIAL,
     )  # fmt: skip
 
 
 class _Pool(threading.local):
-    """Memory that a thread of the caller's keeps: it does not page-fault on every call."""
+    """Workspace that each of the caller's threads keeps: fresh memory page-faults on every call."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(0, np.uint8)
+        self.plans: dict[Any, Plan] = {}
+
+    def plan(self, cut: _Cut, dtype: Any) -> Plan:
+        """Give a kernel its workspace, cut from the buffer that all the thread's calls share."""
+        plan = self.plans.get((cut, dtype))
+        if plan is not None:
+            return plan
+        shape = cut.shape
+        parts = (
+            (cut.slab, dtype.itemsize, not shape.together),
+            (cut.spares, dtype.itemsize, True),
+            (cut.sums, 8, True),
+            (cut.work, 8, not shape.together),
+        )
+        # A line more, so that no two threads write to one.
+        sizes = [(-(-size * itemsize // LINE) + 1) * LINE for size, itemsize, _ in parts]
+        counts = [shape.threads if each else 1 for _, _, each in parts]
+        total = sum(size * count for size, count in zip(sizes, counts, strict=True))
+        buffer = self.buffer
+        if total > buffer.size:
+            buffer = _aligned(total)
+            self.plans.clear()
+            self.buffer = buffer if total <= POOL_BYTES else np.empty(0, np.uint8)
+        views: list[View | None] = []
+        at = 0
+        for (elements, itemsize, _), size, count in zip(parts, sizes, counts, strict=True):
+            part = buffer[at : at + size * count]
+            views.append(View(part, size // itemsize, 0, 0) if elements else None)
+            at += part.size
+        plan = Plan(_STORED[dtype], Memory(*views), shape)
+        if total <= self.buffer.size and len(self.plans) < 256:
+            self.plans[cut, dtype] = plan
+        return plan
 
 
 _pool = _Pool()
@@ -132,12 +168,17 @@ def _aligned(nbytes: int) -> Any:
 
 @lru_cache(maxsize=256)
 def _cut(
-    operation: str, kind: str, sizes: tuple[int, int, int, int], itemsize: int, threads: int
+    operation: str,
+    kind: str,
+    sizes: tuple[int, int, int, int],
+    itemsize: int,
+    threads: int,
+    offset: int,
 ) -> _Cut:
     N, C, S, fold = sizes
     if kind == "planes":
         return _cut_planes(operation, N, C, S, itemsize, threads)
-    return _cut_rows(operation, N, C, S, fold, itemsize, threads)
+    return _cut_rows(operation, N, C, S, fold, itemsize, threads, offset)
 
 
 def plan(operation: str, layout: Layout) -> Plan:
@@ -146,20 +187,16 @@ def plan(operation: str, layout: Layout) -> Plan:
     N, C, S, fold = layout.shape
     nbytes = N * C * S * fold * dtype.itemsize
     threads = threads_for(nbytes * _SWEEPS[operation])
-    cut = _cut(operation, layout.kind, layout.shape, dtype.itemsize, threads)
-    parts = (
-        (dtype.itemsize, cut.slab, not cut.shape.together),
-        (dtype.itemsize, cut.spares, True),
-        (8, cut.sums, True),
-        (8, cut.work, not cut.shape.together),
+    cut = _cut(
+        operation, layout.kind, layout.shape, dtype.itemsize, threads, _offset(layout, nbytes)
     )
-    sizes = [(-(-size * itemsize // LINE) + 1) * LINE for itemsize, size, _ in parts]
-    total = sum(size * (threads if each else 1) for size, (_, _, each) in zip(sizes, parts))
-    buffer = _aligned(total)
-    views, at = [], 0
-    for size, (itemsize, elements, each) in zip(sizes, parts):
-        count = size * (threads if each else 1)
-        step = size // itemsize
-        views.append(View(buffer[at : at + count], step, 0, 0) if elements else None)
-        at += count
-    return Plan(_STORED[dtype], Memory(*views), cut.shape)
+    return _pool.plan(cut, dtype)
+
+
+def _offset(layout: Layout, nbytes: int) -> int:
+    """Elements from the first line of the first view to its first element."""
+    if layout.kind == "planes" or nbytes <= STREAM_BYTES:
+        return 0
+    array = layout.views[0].array
+    line = min(LINE, LANES * array.itemsize)
+    return int(array.ctypes.data % line // array.itemsize)

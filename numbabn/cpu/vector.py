@@ -24,6 +24,7 @@ from .intrinsics import (
     load_first,
     missing,
     moved,
+    nothing,
     or_byte,
     passed,
     prefetch,
@@ -421,6 +422,56 @@ def sum_of(numbers, at, count):
     for i in range(0, whole, LANES):
         total = total + load(numbers, at + i)
     return together(total + load_first(numbers, at + whole, count - whole))
+
+
+@inlined
+def normalize_columns(
+    x, x_step, residual, residual_step, y, y_step, mask, rows, count,
+    mean, scale, shift, rectify, streaming,
+):  # fmt: skip
+    """`normalize_run` of some rows of the first `count` columns, without a mask."""
+    if count < LANES:
+        for r in range(rows):
+            row = missing(residual)
+            _normalize_part(
+                moved(x, r * x_step), residual if row else moved(residual, r * residual_step),
+                moved(y, r * y_step), nothing(mask), 0, 1, 0, count, mean, scale, shift, rectify,
+            )  # fmt: skip
+        return
+    m, a, b = load(mean, 0), load(scale, 0), load(shift, 0)
+    for r in range(rows):
+        z = (load(x, r * x_step) - m) * a + b
+        if not missing(residual):
+            z = z + load(residual, r * residual_step)
+        if rectify:
+            z = relu(z)
+        if streaming:
+            stream(y, r * y_step, z)
+        else:
+            store(y, r * y_step, z)
+
+
+@inlined
+def gradient_columns(
+    dy, dy_step, x, x_step, dx, dx_step, mask, rows, count,
+    dy_mean, mean, slope, scale, shift, streaming,
+):  # fmt: skip
+    """`gradient_run` of some rows of the first `count` columns, in training, without a mask."""
+    if count < LANES:
+        for r in range(rows):
+            _gradient_part(
+                moved(dy, r * dy_step), moved(x, r * x_step), moved(dx, r * dx_step), nothing(dx),
+                nothing(mask), 0, 1, 0, count, dy_mean, mean, slope, scale, shift, True,
+            )  # fmt: skip
+        return
+    dy_m, m, k = load(dy_mean, 0), load(mean, 0), load(slope, 0)
+    a, b = load(scale, 0), load(shift, 0)
+    for r in range(rows):
+        d = (load(dy, r * dy_step) - dy_m) - (load(x, r * x_step) - m) * k
+        if streaming:
+            stream(dx, r * dx_step, d * a + b)
+        else:
+            store(dx, r * dx_step, d * a + b)
 
 
 # Where things lie, and whose they are.
