@@ -49,14 +49,6 @@ class Gradients(NamedTuple):
     dresidual: Any
 
 
-def _wide(array: Any, channels: int, default: float) -> PerChannel:
-    """One contiguous float64 number per channel, as the kernels take them."""
-    if array is None:
-        return np.full(channels, default)
-    # A copy, because numba compiles anew for a read-only array.
-    return np.array(array, np.float64)
-
-
 def _invstd(var: PerChannel, eps: float) -> PerChannel:
     with np.errstate(all="ignore"):
         return np.asarray(1.0 / np.sqrt(var + eps))

@@ -101,7 +101,8 @@ def _plan(
     each = tuple(
         (s[outer[-1]] if outer else 0, s[axis], s[inner[-1]] if inner else 0) for s in steps
     )
-    if kind == "planes" and S < SHORT_PLANE and all(ds == 1 and dc == S for _, dc, ds in each):
+    short = C > 1 and S < SHORT_PLANE
+    if kind == "planes" and short and all(ds == 1 and dc == S for _, dc, ds in each):
         kind, fold, N, S = "rows", S, 1, N
         each = tuple((0, 1, dn) for dn, _, _ in each)
     return _Plan(kind, (N, C, S, fold), each)

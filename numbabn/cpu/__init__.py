@@ -30,20 +30,22 @@ def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:
     return mean, m2
 
 
-def normalize(layout: Layout, parameters: tuple[Any, ...], eps: float, relu: bool) -> None:
+def normalize(layout: Layout, parameters: tuple[Any, Any, Any, Any], eps: float, relu: bool) -> None:
     """``y = act((x - mean) * invstd * weight + bias + residual)``. Views: y, x, residual.
 
     Parameters are weight, bias, running mean and running variance.
     """
     _NORMALIZE[layout.kind](
         schedule.plan("normalize", layout),
-        Forward(*layout.views), Parameters(*parameters, None, None), Settings(eps, 0.0, 0.0, relu),
+        Forward(*layout.views),
+        Parameters(*parameters, None, None),
+        Settings(eps, 0.0, 0.0, relu),
     )  # fmt: skip
 
 
 def forward(
     layout: Layout,
-    parameters: tuple[Any, ...],
+    parameters: tuple[Any, Any, Any, Any],
     eps: float,
     momentum: float,
     correction: float,

@@ -197,6 +197,6 @@ def _offset(layout: Layout, nbytes: int) -> int:
     """Elements from the first line of the first view to its first element."""
     if layout.kind == "planes" or nbytes <= STREAM_BYTES:
         return 0
-    array = layout.views[0].array
+    array = layout.views[0].array  # type: ignore[union-attr]
     line = min(LINE, LANES * array.itemsize)
     return int(array.ctypes.data % line // array.itemsize)

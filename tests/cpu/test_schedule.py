@@ -8,8 +8,9 @@ import textwrap
 import numpy as np
 import pytest
 
+import numbabn
 from numbabn import cpu
-from numbabn.cpu import planes, schedule
+from numbabn.cpu import compilation, planes, schedule
 
 
 def run(code, **environment):
@@ -169,7 +170,7 @@ def test_small_inputs_start_no_threads():
 def test_kernels_are_kept_on_disk_under_a_stamp_of_every_file():
     assert os.path.isdir(cpu.cache_folder())
     for variant in (planes.forward_planes.serial, planes.forward_planes.parallel):
-        assert variant._cache._cache_file._source_stamp == schedule._source_stamp()
+        assert variant._cache._cache_file._source_stamp == compilation._source_stamp()
     names = {
         variant._cache._cache_file._index_name
         for variant in (planes.forward_planes.serial, planes.forward_planes.parallel)
@@ -180,12 +181,12 @@ def test_kernels_are_kept_on_disk_under_a_stamp_of_every_file():
 def test_the_stamp_follows_any_file(tmp_path, monkeypatch):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("pass\n")
-    monkeypatch.setattr(schedule, "__file__", str(tmp_path / "schedule.py"))
+    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "schedule.py"))
     stamps = set()
     for name in ("a.py", "b.py"):
-        stamps.add(schedule._source_stamp.__wrapped__())
+        stamps.add(compilation._source_stamp.__wrapped__())
         (tmp_path / name).write_text("pass  # changed\n")
-        stamps.add(schedule._source_stamp.__wrapped__())
+        stamps.add(compilation._source_stamp.__wrapped__())
     assert len(stamps) == 3
 
 
@@ -210,14 +211,40 @@ def test_without_a_folder_to_write_to_kernels_still_run():
     assert output.split() == ["-1.0", "1.0", "None"]
 
 
-def test_kernels_agree_serial_and_parallel():
-    x = np.random.default_rng(0).standard_normal((20, 2, 4355), dtype=np.float32)
-    from numbabn.layout import arrange
+@pytest.mark.parametrize(("kind", "shape"), [("planes", (20, 9, 4355)), ("rows", (4099, 150))])
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_a_plan_changes_no_bit(kind, shape, operation, monkeypatch):
+    """Whatever is summed before it is written, by however many threads, with or without a slab."""
+    random = np.random.default_rng(0)
+    x, dy, residual = (random.standard_normal(shape, dtype=np.float32) for _ in range(3))
+    mean, invstd = np.zeros(shape[1]), np.ones(shape[1])
+    cut = schedule._cut.__wrapped__
+    found = set()
+    for block, together, threads, kept in [
+        (1, False, 1, True), (1, False, 2, True), (1, True, 2, True), (2, True, 3, False),
+        (9, True, 2, False), (4, False, 2, True),
+    ]:  # fmt: skip
 
-    layout = arrange(1, (x,))
-    both = []
-    for variant in (planes.statistics_planes.serial, planes.statistics_planes.parallel):
-        mean, m2 = np.empty(2), np.empty(2)
-        variant(layout.views[0], layout.shape, mean, m2)
-        both.append((mean, m2))
-    np.testing.assert_array_equal(both[0], both[1])
+        def changed(*arguments, block=block, together=together, threads=threads, kept=kept):
+            made = cut(*arguments)
+            if kind == "rows":
+                block *= 16
+            summed = 1 if operation == "forward" else 2
+            N, S = made.shape.N, made.shape.S
+            return made._replace(
+                shape=made.shape._replace(
+                    block=block, together=together, threads=threads, offset=0
+                ),
+                slab=N * S * block * summed if kept else 0,
+                sums=3 * (block + 16),
+                work=block * (5 + 3 * made.shape.pieces) + 16,
+            )
+
+        monkeypatch.setattr(schedule, "_cut", changed)
+        if operation == "forward":
+            y, *rest, mask = numbabn.batch_norm_forward(x, residual=residual, activation="relu")
+            results = y, *rest, mask
+        else:
+            results = numbabn.batch_norm_backward(dy, x, None, mean, invstd)[:3]
+        found.add(b"".join(result.tobytes() for result in results))
+    assert len(found) == 1

@@ -1,76 +1,142 @@
-"""Row primitives: their formulas at every length and alignment, and packed machine code."""
+"""Runs: their formulas at every length and alignment, their masks, and packed machine code."""
 
 import re
 
 import cases
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
+from numba import types
 
 from numbabn import reference
-from numbabn.cpu import vector
+from numbabn.cpu import compilation, vector
+from numbabn.cpu.arguments import Strided
+from numbabn.cpu.intrinsics import computed, nothing, spread, together
+from numbabn.layout import View
 
-LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000]
+LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000]
+STORED = {
+    np.dtype(np.float32): types.float32,
+    np.dtype(np.float64): types.float64,
+    np.dtype(np.float16): types.uint16,
+    np.dtype(ml_dtypes.bfloat16): types.int16,
+}
+all_dtypes = pytest.mark.parametrize("dtype", STORED, ids=str)
+
+
+def view(array):
+    return View(array, 0, 0, 1)
+
+
+def sums(x, shift, size):
+    zero = spread(0.0)
+    data = x.data
+    found = vector.sum_run(
+        data, data, nothing(data), size, spread(shift), (zero, zero, zero, zero)
+    )
+    return together(found[0] + found[2]), together(found[1] + found[3])
+
+
+def normalize(x, y, mask, bit, step, size, streaming):
+    data = x.data
+    zero, one = spread(computed(data, 0)), spread(computed(data, 1))
+    vector.normalize_run(
+        moved_twice(data), nothing(data), y.data, mask.data, bit, step, size,
+        zero, one, zero, True, streaming,
+    )  # fmt: skip
+
+
+@numba.njit
+def moved_twice(data):
+    return vector.moved(data, 2)
+
+
+def gate(dy, x, dx, mask, bit, step, size, streaming):
+    data = x.data
+    zero, one = spread(computed(data, 0)), spread(computed(data, 1))
+    vector.gradient_run(
+        dy.data, data, dx.data, nothing(data), mask.data, bit, step, size,
+        zero, zero, zero, one, zero, True, streaming,
+    )  # fmt: skip
+
+
+def compiled(function, *kinds):
+    dispatcher = numba.njit(**compilation._OPTIONS)(function)
+    dispatcher.compile(kinds)
+    return dispatcher
+
+
+def call(function, dtype, *arguments):
+    kinds = tuple(
+        {View: None, float: types.float64, int: types.intp, bool: types.boolean}[type(a)]
+        or Strided(types.uint8 if a.array.dtype == np.uint8 else STORED[np.dtype(dtype)])
+        for a in arguments
+    )
+    key = function, kinds
+    if key not in call.cache:
+        call.cache[key] = compiled(function, *kinds).overloads[kinds].entry_point
+    return call.cache[key](*arguments)
+
+
+call.cache = {}
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@cases.dtypes
-def test_moments(n, dtype, ulp):
+@all_dtypes
+def test_sums(n, dtype):
     x = cases.normal(n, dtype, offset=100)
-    _, mean, m2 = reference.statistics(x[:, None])
-    got_mean, got_m2 = vector.moments(x)
-    np.testing.assert_allclose(got_mean, mean[0], rtol=1e-15)
-    np.testing.assert_allclose(got_m2, m2[0], rtol=1e-13, atol=1e-13)
+    total, squares = call(sums, dtype, view(x), 100.0, n)
+    deviations = x.astype(np.float64) - 100
+    np.testing.assert_allclose(total, deviations.sum(), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(squares, (deviations**2).sum(), rtol=1e-14)
 
 
 def test_merge_is_the_moments_of_both():
     x = cases.normal(50, offset=7)
     _, mean, m2 = reference.statistics(x[:, None])
-    count, got_mean, got_m2 = vector.merge(0, 0.0, 0.0, 20, *vector.moments(x[:20]))
-    count, got_mean, got_m2 = vector.merge(count, got_mean, got_m2, 30, *vector.moments(x[20:]))
+
+    @numba.njit
+    def merge(*arguments):
+        return vector.merge(*arguments)
+
+    parts = [(float(part.size), part.mean(), part.var() * part.size) for part in (x[:20], x[20:])]
+    count, got_mean, got_m2 = merge(*parts[0], *parts[1])
     assert count == 50
     np.testing.assert_allclose([got_mean, got_m2], [mean[0], m2[0]], rtol=1e-14)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("bit", [0, 1, 5, 8, 13])
-@cases.dtypes
-def test_mask_round_trip(n, bit, dtype, ulp):
-    y = cases.normal(n, dtype)
-    y[n // 2] = np.nan
-    mask = np.zeros(bit // 8 + n // 8 + 3, np.uint8)
-    vector.pack(y, mask, bit, 1)
+@pytest.mark.parametrize("bit", [0, 1, 4, 5, 8, 13])
+@pytest.mark.parametrize("step", [1, 9])
+@pytest.mark.parametrize("streaming", [False, True])
+@all_dtypes
+def test_mask_round_trip(n, bit, step, streaming, dtype):
+    x = cases.normal(n + 2, dtype)
+    x[2 + n // 2] = np.nan
+    x[0], x[1] = 0, 1
+    y = np.full(n, 3, dtype)
+    mask = np.zeros((bit + n * step) // 8 + 1, np.uint8)
+    call(normalize, dtype, view(x), view(y), view(mask), bit, step, n, streaming)
+    np.testing.assert_array_equal(y, np.where(x[2:] <= 0, 0, x[2:]))
     bits = np.unpackbits(mask, bitorder="little").astype(bool)
-    np.testing.assert_array_equal(bits[bit : bit + n], ~(y <= 0))
-    assert not bits[:bit].any()
-    assert not bits[bit + n :].any()
+    np.testing.assert_array_equal(bits[bit::step][:n], ~(x[2:] <= 0))
+    assert bits.sum() == (~(x[2:] <= 0)).sum()
 
-    dy, gated = cases.normal(n, dtype, seed=1), np.full(n, np.nan, dtype)
-    vector.gate(dy, mask, bit, 1, gated)
-    np.testing.assert_array_equal(gated, np.where(y <= 0, 0, dy))
+    dy, dx = cases.normal(n, dtype, seed=1), np.full(n, 3, dtype)
+    call(gate, dtype, view(dy), view(x), view(dx), view(mask), bit, step, n, streaming)
+    np.testing.assert_array_equal(dx, np.where(x[2:] <= 0, 0, dy))
 
 
 def test_packing_leaves_the_neighbours_bits():
-    y = np.ones(20)
+    x, y = np.ones(22, np.float32), np.zeros(20, np.float32)
+    x[0] = 0
     mask = np.full(4, 0b10000001, np.uint8)
     before = np.unpackbits(mask, bitorder="little")
-    vector.pack(y, mask, 3, 1)
+    call(normalize, np.float32, view(x), view(y), view(mask), 3, 1, 20, False)
     after = np.unpackbits(mask, bitorder="little")
     assert after[3:23].all()
     np.testing.assert_array_equal(np.delete(after, np.s_[3:23]), np.delete(before, np.s_[3:23]))
-
-
-@pytest.mark.parametrize("step", [2, 7, 9])
-def test_mask_with_steps(step):
-    y = cases.normal(30)
-    mask = np.zeros(40, np.uint8)
-    vector.pack(y, mask, 4, step)
-    bits = np.unpackbits(mask, bitorder="little").astype(bool)
-    np.testing.assert_array_equal(bits[4::step][:30], y > 0)
-    assert bits.sum() == (y > 0).sum()
-    gated = np.full(30, np.nan)
-    vector.gate(y, mask, 4, step, gated)
-    np.testing.assert_array_equal(gated, np.maximum(y, 0))
 
 
 # Vector registers by instruction set, and the arithmetic on several numbers at once: x86's
@@ -85,62 +151,23 @@ PACKED = {
 }
 
 
-def arguments(name, stored, computed):
-    row, wide, one = np.ones(64, stored), np.ones(64), computed(1)
-    each = np.ones(64, computed)
-    return {
-        "moments": (row,),
-        "normalize": (row, None, row, one, one, one, True),
-        "normalize_columns": (row, row, row, each, each, each, True),
-        "products": (row, row, 1.0),
-        "input_gradient": (row, row, row, one, one, one, one, one),
-        "input_gradient_columns": (row, row, row, each, each, each, each, each),
-        "sum_columns": (row, wide, wide, wide),
-        "merge_columns": (5, wide, wide, 7, wide, wide),
-        "sum_products_columns": (row, row, wide, wide, wide),
-    }[name]
+def assembly(function, *kinds):
+    return "\n".join(compiled(function, *kinds).inspect_asm().values())
 
 
-def assembly(primitive, *arguments):
-    signature = tuple(numba.typeof(argument) for argument in arguments)
-    primitive.compile(signature)
-    return primitive.inspect_asm(signature)
-
-
-@pytest.mark.parametrize(
-    ("name", "wide"),
-    [
-        ("moments", True),
-        ("normalize", False),
-        ("normalize_columns", False),
-        ("products", True),
-        ("input_gradient", False),
-        ("input_gradient_columns", False),
-        ("sum_columns", True),
-        ("merge_columns", True),
-        ("sum_products_columns", True),
-    ],
-)
-@pytest.mark.parametrize(
-    ("stored", "computed"),
-    [
-        pytest.param(np.float32, np.float32, id="float32"),
-        pytest.param(np.float64, np.float64, id="float64"),
-        pytest.param(np.uint16, np.float32, id="float16"),
-        pytest.param(np.int16, np.float32, id="bfloat16"),
-    ],
-)
-def test_arithmetic_is_packed(name, wide, stored, computed):
-    code = assembly(getattr(vector, name), *arguments(name, stored, computed))
-    assert PACKED["float64" if wide else computed.__name__].search(code)
+@all_dtypes
+def test_arithmetic_is_packed(dtype):
+    strided, bits = Strided(STORED[dtype]), Strided(types.uint8)
+    written = assembly(normalize, strided, strided, bits, *(types.intp,) * 3, types.boolean)
+    assert PACKED["float64" if dtype == np.float64 else "float32"].search(written)
+    assert PACKED["float64"].search(assembly(sums, strided, types.float64, types.intp))
 
 
 def test_the_check_of_packed_arithmetic_can_fail():
-    @numba.njit  # no reassociation: the sum stays in order, one number at a time
-    def plain_sum(x):
+    def plain_sum(x, size):
         total = 0.0
-        for i in range(x.size):
-            total += x[i]
+        for i in range(size):
+            total += vector.get(x.data, i)
         return total
 
-    assert not PACKED["float64"].search(assembly(plain_sum, np.ones(64)))
+    assert not PACKED["float64"].search(assembly(plain_sum, Strided(types.float64), types.intp))
