@@ -341,9 +341,7 @@ def batch_norm_inference(
     y = _fresh(x) if out is None else out
     if x.size:
         layout = arrange(axis, (x, residual), (y,))
-        backend.normalize(
-            layout, (weight, bias, running_mean, running_var), eps, relu
-        )
+        backend.normalize(layout, (weight, bias, running_mean, running_var), eps, relu)
         layout.finish()
     return y
 

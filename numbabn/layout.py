@@ -147,7 +147,9 @@ def arrange(
             for output, stand_in in zip(outputs, arrays, strict=False)
             if output is not None
         )
-        plan = _plan(shape, axis, itemsize, (contiguous_strides(shape, itemsize),) * len(given), masked)
+        plan = _plan(
+            shape, axis, itemsize, (contiguous_strides(shape, itemsize),) * len(given), masked
+        )
         if plan is None:
             raise AssertionError("a contiguous array is always viewable")
 

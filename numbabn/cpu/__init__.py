@@ -30,7 +30,9 @@ def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:
     return mean, m2
 
 
-def normalize(layout: Layout, parameters: tuple[Any, Any, Any, Any], eps: float, relu: bool) -> None:
+def normalize(
+    layout: Layout, parameters: tuple[Any, Any, Any, Any], eps: float, relu: bool
+) -> None:
     """``y = act((x - mean) * invstd * weight + bias + residual)``. Views: y, x, residual.
 
     Parameters are weight, bias, running mean and running variance.

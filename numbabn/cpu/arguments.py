@@ -1,9 +1,9 @@
 """How Python's arrays reach a kernel: as addresses and steps, whatever their rank.
 
-A view of an array is a `Strided`, which Python passes as a `layout.View`; a per-channel array of any
-float dtype is a `Numbers`. Either may be None. Both are read straight from NumPy's array object, so
-that a call costs a fraction of a microsecond and one compiled kernel serves every rank, order of
-axes, and dtype of parameters.
+A view of an array is a `Strided`, which Python passes as a `layout.View`; a per-channel array of
+any float dtype is a `Numbers`. Either may be None. Both are read straight from NumPy's array
+object, so that a call costs a fraction of a microsecond and one compiled kernel serves every rank,
+order of axes, and dtype of parameters.
 """
 
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Strided(types.Type):
 
 
 class Numbers(types.Type):
-    """One number per channel: address, bytes from one to the next, and NumPy's number of the dtype."""
+    """One number per channel: address, bytes from one to the next, NumPy's number of the dtype."""
 
     def __init__(self):
         super().__init__("Numbers")

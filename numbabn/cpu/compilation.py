@@ -122,7 +122,9 @@ class Kernel:
         """Run over as many threads as the plan says."""
         global _reentrant
         parallel = plan.shape.threads > 1
-        function = self._compiled.get((plan.stored, parallel)) or self.compiled(plan.stored, parallel)
+        function = self._compiled.get((plan.stored, parallel)) or self.compiled(
+            plan.stored, parallel
+        )
         if _reentrant or not parallel:
             function(*args, plan.memory, plan.shape)
         else:

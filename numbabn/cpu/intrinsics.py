@@ -255,9 +255,11 @@ def _first_lanes(builder, count):
 def _masked(builder, name, result, at, *rest):
     """Call LLVM's masked load or store."""
     scalar = at.type.pointee.element
-    suffix = f"i{scalar.width}" if isinstance(scalar, ir.IntType) else ("f32", "f64")[
-        isinstance(scalar, ir.DoubleType)
-    ]
+    suffix = (
+        f"i{scalar.width}"
+        if isinstance(scalar, ir.IntType)
+        else ("f32", "f64")[isinstance(scalar, ir.DoubleType)]
+    )
     kind = ir.FunctionType(result, [value.type for value in rest])
     full = f"llvm.masked.{name}.v{LANES}{suffix}.p0"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, full), rest)

@@ -13,6 +13,7 @@ import numpy as np
 from numba import prange
 
 from .arguments import number, set_number
+from .compilation import inlined, kernel, primitive
 from .intrinsics import (
     LANES,
     get,
@@ -25,7 +26,6 @@ from .intrinsics import (
     store_fence,
     together,
 )
-from .compilation import inlined, kernel, primitive
 from .vector import (
     element,
     finish_backward,
@@ -172,7 +172,7 @@ def _sum_tile(x, slab, spares, shape, n, c, k, s, shift, sums):
 
 @primitive
 def _forward_piece(maps, memory, shape, block, before, k, piece, rectify):
-    """Write a piece of block `before`'s channel `k`, and sum that piece of `block`'s; -1 is none."""
+    """Write a piece of block `before`'s channel `k`, sum that piece of `block`'s; -1 is none."""
     x, slab, spares = maps.x, memory.slab, memory.spares
     last, c = before * shape.block + k, block * shape.block + k
     writes, sums = 0 <= last < shape.C and before >= 0, block >= 0 and c < shape.C
@@ -246,7 +246,9 @@ def _forward_round(maps, parameters, settings, memory, shape, block, t):
     if shape.together:
         tasks = shape.block * shape.pieces
         first, last = share(tasks, t, shape.threads)
-        _forward_tasks(maps, spares_of(memory, t), shape, block, block - 1, first, last, settings.rectify)
+        _forward_tasks(
+            maps, spares_of(memory, t), shape, block, block - 1, first, last, settings.rectify
+        )
     else:
         memory = of_thread(memory, t)
         first, last = share(_blocks(shape), t, shape.threads)
@@ -320,9 +322,7 @@ def normalize_planes(maps, parameters, settings, memory, shape):
     """Normalize by running statistics."""
     for t in prange(shape.threads):
         first, last = share(shape.N * shape.C, t, shape.threads)
-        _normalize_planes(
-            maps, parameters, settings, spares_of(memory, t), shape, first, last
-        )
+        _normalize_planes(maps, parameters, settings, spares_of(memory, t), shape, first, last)
 
 
 @inlined
@@ -367,7 +367,7 @@ def _gradient_tile(maps, slab, spares, shape, n, c, k, s, end, held, training, s
 
 @primitive
 def _backward_piece(maps, gradients, memory, shape, block, before, k, piece, training):
-    """Write a piece of block `before`'s channel `k`, and sum that piece of `block`'s; -1 is none."""
+    """Write a piece of block `before`'s channel `k`, sum that piece of `block`'s; -1 is none."""
     x, slab, spares = maps.x, memory.slab, memory.spares
     last, c = before * shape.block + k, block * shape.block + k
     writes, sums = 0 <= last < shape.C and before >= 0, block >= 0 and c < shape.C

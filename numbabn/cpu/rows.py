@@ -11,6 +11,7 @@ import numpy as np
 from numba import prange
 
 from .arguments import number, set_number
+from .compilation import inlined, kernel, primitive
 from .intrinsics import (
     LANES,
     as_computed,
@@ -21,7 +22,6 @@ from .intrinsics import (
     put,
     store_fence,
 )
-from .compilation import inlined, kernel, primitive
 from .vector import (
     element,
     finish_backward,
@@ -208,8 +208,8 @@ def _normalize_tile(maps, memory, shape, j, width, n, s, rows, at, rectify):
             )  # fmt: skip
             i += count
     else:
-        for s in range(s, s + rows):
-            _normalize_row(maps, memory, shape, j, width, n, s, at, high, scale, low, rectify)
+        for r in range(rows):
+            _normalize_row(maps, memory, shape, j, width, n, s + r, at, high, scale, low, rectify)
 
 
 @primitive
@@ -240,7 +240,11 @@ def _sum_tile(x, memory, shape, j, width, n, s, rows, at):
     end = min(at + COLUMNS, width)
     run, step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 0)
     ahead = _ahead(x, shape, width, j, n, s, at)
-    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    shift, total, squares = (
+        _sums(memory, shape, 0),
+        _sums(memory, shape, 1),
+        _sums(memory, shape, 2),
+    )
     for i in range(at, end, LANES):
         sum_columns(
             moved(run, i - at), step, moved(ahead, i - at), x.ds,
@@ -253,7 +257,11 @@ def _sum_tile(x, memory, shape, j, width, n, s, rows, at):
 def _start_sums(x, memory, shape, block, piece):
     """Choose each channel's shift, and set the sums to 0."""
     n, s, _ = _start(shape, piece)
-    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    shift, total, squares = (
+        _sums(memory, shape, 0),
+        _sums(memory, shape, 1),
+        _sums(memory, shape, 2),
+    )
     for at in range(0, _width(shape, block), shape.fold):
         first = first_number(element(x, n, _first(shape, block) + at, s), 0)
         for k in range(at, at + shape.fold):
@@ -265,10 +273,17 @@ def _start_sums(x, memory, shape, block, piece):
 @primitive
 def _finish_sums(memory, shape, block, piece, rows):
     """Turn the sums of a piece's columns into count, mean and M2 of its channels."""
-    shift, total, squares = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    shift, total, squares = (
+        _sums(memory, shape, 0),
+        _sums(memory, shape, 1),
+        _sums(memory, shape, 2),
+    )
     for at in range(0, _width(shape, block), shape.fold):
         mean, m2 = moments(
-            rows * shape.fold, get(shift, at), sum_of(total, at, shape.fold), sum_of(squares, at, shape.fold)
+            rows * shape.fold,
+            get(shift, at),
+            sum_of(total, at, shape.fold),
+            sum_of(squares, at, shape.fold),
         )
         partial = _partial(memory.work, shape, piece, at // shape.fold)
         put(partial, 0, np.float64(rows * shape.fold))
@@ -439,7 +454,11 @@ def _product_tile(maps, memory, shape, j, width, n, s, rows, at):
     x_run, x_step = _near_tile(x, n, j + at, s, rows, end - at, memory.spares, 1)
     ahead_dy = _ahead(dy, shape, width, j, n, s, at)
     ahead_x = _ahead(x, shape, width, j, n, s, at)
-    mean, total, product = (_sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2))
+    mean, total, product = (
+        _sums(memory, shape, 0),
+        _sums(memory, shape, 1),
+        _sums(memory, shape, 2),
+    )
     for i in range(at, end, LANES):
         product_columns(
             moved(dy_run, i - at), dy_step, moved(x_run, i - at), x_step,
@@ -479,9 +498,18 @@ def _gradient_tile(maps, memory, shape, j, width, n, s, rows, at, training):
             )  # fmt: skip
             i += count
     else:
-        for s in range(s, s + rows):
+        for r in range(rows):
             _gradient_row(
-                maps, memory, shape, j, width, n, s, at, (dy_high, high, slope, scale, low), training
+                maps,
+                memory,
+                shape,
+                j,
+                width,
+                n,
+                s + r,
+                at,
+                (dy_high, high, slope, scale, low),
+                training,
             )
 
 

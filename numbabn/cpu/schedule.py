@@ -1,7 +1,7 @@
 """How a call's work is cut: blocks that fit in a cache, threads, and the memory that they need.
 
 Nothing here changes a bit of the results. The tree of every sum follows from the shape alone
-(`planes.tiling`, `rows.tiling`); a plan says only in which order its branches are taken, and by whom.
+(`planes.tiling`, `rows.tiling`); a plan says only in which order its branches are taken.
 """
 
 import os
@@ -70,7 +70,7 @@ def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: 
     x_bytes = N * C * S * itemsize
     fits = cache_bytes(3) // 2
     # A thread's own channels must be many, or one of them has less to do than another.
-    together = threads > 1 and (C < 4 * threads or channel * threads > fits)
+    together = threads > 1 and (4 * threads > C or channel * threads > fits)
     block = 1
     if operation == "statistics" or (together and channel > fits):
         together, block = True, C

@@ -11,6 +11,7 @@ number per column: `load` takes both.
 import numpy as np
 
 from .arguments import Memory, displaced, number, set_number
+from .compilation import inlined, primitive
 from .intrinsics import (
     LANES,
     LINE,
@@ -40,8 +41,6 @@ from .intrinsics import (
     transfer_first,
     wide,
 )
-from .compilation import inlined, primitive
-
 
 # Numbers.
 
@@ -122,15 +121,17 @@ def normalize_run(x, residual, y, mask, bit, step, size, mean, scale, shift, rec
 
     `bit` is the first element's in the mask, `step` the bits from one element to the next.
     """
-    i = 0
+    first = 0
     if streaming:
-        i = min(size, lead(y))
-        _normalize_part(x, residual, y, mask, bit, step, 0, i, mean, scale, shift, rectify)
-    last = i + (size - i) // LANES * LANES
+        first = min(size, lead(y))
+        _normalize_part(x, residual, y, mask, bit, step, 0, first, mean, scale, shift, rectify)
+    last = first + (size - first) // LANES * LANES
     if not missing(mask):
-        _normalize_masked(x, residual, y, mask, bit, step, i, last, mean, scale, shift, streaming)
+        _normalize_masked(
+            x, residual, y, mask, bit, step, first, last, mean, scale, shift, streaming
+        )
     elif not missing(residual):
-        for i in range(i, last, LANES):
+        for i in range(first, last, LANES):
             z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i) + load(residual, i)
             if rectify:
                 z = relu(z)
@@ -139,20 +140,18 @@ def normalize_run(x, residual, y, mask, bit, step, size, mean, scale, shift, rec
             else:
                 store(y, i, z)
     elif streaming:
-        for i in range(i, last, LANES):
+        for i in range(first, last, LANES):
             z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
             if rectify:
                 z = relu(z)
             stream(y, i, z)
     else:
-        for i in range(i, last, LANES):
+        for i in range(first, last, LANES):
             z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
             if rectify:
                 z = relu(z)
             store(y, i, z)
-    _normalize_part(
-        x, residual, y, mask, bit, step, last, size - last, mean, scale, shift, rectify
-    )
+    _normalize_part(x, residual, y, mask, bit, step, last, size - last, mean, scale, shift, rectify)
 
 
 @inlined
@@ -207,25 +206,25 @@ def gradient_run(
 
     In eval mode ``dx = dy * scale``. Where there is a mask, dy goes through the ReLU first.
     """
-    i = 0
+    first = 0
     if streaming:
-        i = min(size, lead(dx))
+        first = min(size, lead(dx))
         _gradient_part(
-            dy, x, dx, dresidual, mask, bit, step, 0, i,
+            dy, x, dx, dresidual, mask, bit, step, 0, first,
             dy_mean, mean, slope, scale, shift, training,
         )  # fmt: skip
-    last = i + (size - i) // LANES * LANES
+    last = first + (size - first) // LANES * LANES
     if missing(mask) and missing(dresidual) and training:
         if streaming:
-            for i in range(i, last, LANES):
+            for i in range(first, last, LANES):
                 d = (load(dy, i) - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
                 stream(dx, i, d * load(scale, i) + load(shift, i))
         else:
-            for i in range(i, last, LANES):
+            for i in range(first, last, LANES):
                 d = (load(dy, i) - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
                 store(dx, i, d * load(scale, i) + load(shift, i))
     else:
-        for i in range(i, last, LANES):
+        for i in range(first, last, LANES):
             g = load(dy, i)
             if not missing(mask):
                 g = keep_where(g, _bits(mask, bit + i * step, step, LANES))
@@ -334,9 +333,7 @@ def product_run(dy, x, ahead_dy, ahead_x, slab_dy, slab_x, mask, bit, step, size
 
 
 @inlined
-def sum_columns(
-    x, step, ahead, ahead_step, slab, slab_step, rows, count, shift, total, squares
-):
+def sum_columns(x, step, ahead, ahead_step, slab, slab_step, rows, count, shift, total, squares):
     """Add deviations and their squares to the sums of the first `count` columns."""
     k, t, q = load(shift, 0), load(total, 0), load(squares, 0)
     for r in range(rows):
@@ -494,9 +491,7 @@ def share(tasks, t, threads):
 @primitive
 def spares_of(memory, t):
     """Memory of one block, with the spare tiles and the sums of one thread."""
-    return Memory(
-        memory.slab, displaced(memory.spares, t), displaced(memory.sums, t), memory.work
-    )
+    return Memory(memory.slab, displaced(memory.spares, t), displaced(memory.sums, t), memory.work)
 
 
 @primitive

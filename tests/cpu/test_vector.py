@@ -32,9 +32,7 @@ def view(array):
 def sums(x, shift, size):
     zero = spread(0.0)
     data = x.data
-    found = vector.sum_run(
-        data, data, nothing(data), size, spread(shift), (zero, zero, zero, zero)
-    )
+    found = vector.sum_run(data, data, nothing(data), size, spread(shift), (zero, zero, zero, zero))
     return together(found[0] + found[2]), together(found[1] + found[3])
 
 
@@ -124,6 +122,7 @@ def test_mask_round_trip(n, bit, step, streaming, dtype):
     assert bits.sum() == (~(x[2:] <= 0)).sum()
 
     dy, dx = cases.normal(n, dtype, seed=1), np.full(n, 3, dtype)
+    x[2 + n // 2] = 2  # what passed where y is not a number, here as a number
     call(gate, dtype, view(dy), view(x), view(dx), view(mask), bit, step, n, streaming)
     np.testing.assert_array_equal(dx, np.where(x[2:] <= 0, 0, dy))
 
