@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks
+from . import checks, results
 from .backends import backend_of
 from .layout import arrange
 from .stats import BatchStats, PerChannel
@@ -52,10 +52,6 @@ class Gradients(NamedTuple):
 def _invstd(var: PerChannel, eps: float) -> PerChannel:
     with np.errstate(all="ignore"):
         return np.asarray(1.0 / np.sqrt(var + eps))
-
-
-def _fresh(x: Any) -> Any:
-    return np.empty_like(x, subok=False)
 
 
 def _data(x: Any, axis: Any) -> tuple[Any, int, int, int]:
@@ -153,7 +149,7 @@ def _forward(
     )
     _check_out(out, x, inputs | parameters, "x", "residual")
 
-    y = _fresh(x) if out is None else out
+    y = results.empty_like(x) if out is None else out
     mask = backend.allocate_mask(x) if relu and with_mask else None
     if x.size == 0:
         return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), eps), mask)
@@ -338,7 +334,7 @@ def batch_norm_inference(
     _check_residual(residual, x)
     _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
 
-    y = _fresh(x) if out is None else out
+    y = results.empty_like(x) if out is None else out
     if x.size:
         layout = arrange(axis, (x, residual), (y,))
         backend.normalize(layout, (weight, bias, running_mean, running_var), eps, relu)
@@ -424,14 +420,16 @@ def batch_norm_backward(
 
     dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
     if x.size == 0:
-        dx = _fresh(x) if out is None else out
-        dresidual = _fresh(x) if with_residual else None
+        dx = results.empty_like(x) if out is None else out
+        dresidual = results.empty_like(x) if with_residual else None
         return Gradients(dx, np.zeros(C, dtype), np.zeros(C, dtype), dresidual)
     dresidual = None
     if with_residual:
         # Before dx, which may be written over dy.
-        dresidual = np.array(dy) if mask is None else _fresh(x)
-    dx = _fresh(x) if out is None else out
+        dresidual = results.empty_like(dy)
+        if mask is None:
+            dresidual[...] = dy
+    dx = results.empty_like(x) if out is None else out
     dweight, dbias = np.empty(C, dtype), np.empty(C, dtype)
     layout = arrange(
         axis, (dy, x), (dx, None if mask is None else dresidual),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numbabn
-from numbabn import cpu, functional, layout
+from numbabn import cpu, functional, layout, results
 
 
 class _PoisonedNumPy:
@@ -19,15 +19,16 @@ class _PoisonedNumPy:
         array.fill(np.nan)
         return array
 
-    @staticmethod
-    def empty_like(*args, **kwargs):
-        array = np.empty_like(*args, **kwargs)
-        array.fill(np.nan)
-        return array
+
+def _poisoned_empty_like(x, empty_like=results.empty_like):
+    array = empty_like(x)
+    array.fill(np.nan)
+    return array
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
+    monkeypatch.setattr(results, "empty_like", _poisoned_empty_like)
     for module in (functional, layout, cpu):
         monkeypatch.setattr(module, "np", _PoisonedNumPy())
 

@@ -14,6 +14,7 @@ LEVELS = {
     "reference": 0,
     "checks": 1,
     "layout": 1,
+    "results": 1,
     "stats": 1,
     "fold": 1,
     "cpu": 2,
@@ -59,7 +60,7 @@ def test_imports_go_down(path):
     for part in imported(path):
         if level_of(path) == "cli":
             continue  # the command line uses the package as any program does
-        # checks, layout, stats and fold stand side by side, and fold checks its arguments.
+        # checks, layout, results, stats and fold stand side by side, and fold checks its arguments.
         below = LEVELS[part] < own or (level_of(path), part) == ("fold", "checks")
         assert below or own == 6, f"{path.name} imports {part or 'numbabn'}"
 
