@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,25 @@ def positive_number(text: str) -> float:
     if not (0 < number < math.inf):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
+
+
+def split(text: str) -> list[str]:
+    """Split an argument at its commas."""
+    return [name for name in text.split(",") if name]
+
+
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Make an argparse type for names with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(split(text)))
+        if not names or not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(
+                f"expected some of {', '.join(known)}, with commas between, got {text!r}"
+            )
+        return names
+
+    return parse
 
 
 def output_file(text: str) -> Path:

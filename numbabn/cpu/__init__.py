@@ -3,7 +3,9 @@
 Per-channel results are contiguous float64, whatever the data are: C numbers each.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,47 @@ _STATISTICS = {"planes": planes.statistics_planes, "rows": rows.statistics_rows}
 _NORMALIZE = {"planes": planes.normalize_planes, "rows": rows.normalize_rows}
 _FORWARD = {"planes": planes.forward_planes, "rows": rows.forward_rows}
 _BACKWARD = {"planes": planes.backward_planes, "rows": rows.backward_rows}
+
+# Under the names of the public functions.
+_KERNELS = {
+    "forward": _FORWARD,
+    "inference": _NORMALIZE,
+    "backward": _BACKWARD,
+    "statistics": _STATISTICS,
+}
+OPERATIONS = tuple(_KERNELS)
+DTYPES = tuple(dtype.name for dtype in schedule._STORED)
+
+
+class Variant(NamedTuple):
+    """What is compiled by itself: an operation on a view, for a dtype, on one thread or many."""
+
+    operation: str
+    view: str
+    dtype: str
+    parallel: bool
+
+    def __str__(self) -> str:
+        threads = "parallel" if self.parallel else "serial"
+        return f"{self.operation} {self.view} {self.dtype} {threads}"
+
+
+def variants(
+    operations: Iterable[str] = OPERATIONS, dtypes: Iterable[str] = DTYPES
+) -> list[Variant]:
+    """List all that these operations on data of these dtypes may need."""
+    return [
+        Variant(operation, view, dtype, parallel)
+        for dtype, operation in product(dtypes, operations)
+        for view, parallel in product(_KERNELS[operation], (False, True))
+    ]
+
+
+def prepare(variant: Variant) -> bool:
+    """Compile a variant ahead of its first call; False if it was there already."""
+    stored = {dtype.name: stored for dtype, stored in schedule._STORED.items()}
+    kernel = _KERNELS[variant.operation][variant.view]
+    return kernel.prepare(stored[variant.dtype], variant.parallel)
 
 
 def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:

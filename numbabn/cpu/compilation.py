@@ -6,7 +6,7 @@ import os
 import threading
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,27 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], *kinds: str) -> None:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
-        self.serial = _compile(function, "serial")
-        self.parallel = _compile(function, "parallel", parallel=True)
+        self._function = function
         self._kinds = kinds
         self._compiled: dict[tuple[str, bool], Callable[..., Any]] = {}
+
+    @cached_property
+    def serial(self) -> Any:
+        return _compile(self._function, "serial")
+
+    @cached_property
+    def parallel(self) -> Any:
+        return _compile(self._function, "parallel", parallel=True)
 
     def compiled(self, stored: str, parallel: bool) -> Callable[..., Any]:
         """Give the function for maps of a stored dtype."""
         found = self._compiled.get((stored, parallel))
         if found is None:
+            if numba.config.DISABLE_JIT:
+                raise RuntimeError(
+                    "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
+                    "compute on vectors in registers; numbabn.reference needs no compiler"
+                )
             dispatcher = self.parallel if parallel else self.serial
             dtype = getattr(numba.types, stored)
             signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
@@ -117,6 +129,13 @@ class Kernel:
             found = dispatcher.overloads[signature].entry_point
             self._compiled[stored, parallel] = found
         return found
+
+    def prepare(self, stored: str, parallel: bool) -> bool:
+        """Compile the function ahead of its first call; False if it was there already."""
+        stats = (self.parallel if parallel else self.serial).stats
+        missed = stats.cache_misses.total()
+        self.compiled(stored, parallel)
+        return bool(stats.cache_misses.total() > missed)
 
     def __call__(self, plan: Any, *args: Any) -> None:
         """Run over as many threads as the plan says."""

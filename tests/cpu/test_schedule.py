@@ -106,6 +106,32 @@ def test_a_child_forked_before_use_has_threads_of_its_own():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_after_use_of_numba_alone_computes():
+    # What a fork needs is there from the import on, not from the first call.
+    output = run(
+        """
+    import os, warnings
+    import numba, numpy as np
+    import numbabn
+
+    @numba.njit(parallel=True)
+    def fill(x):
+        for i in numba.prange(len(x)):
+            x[i] = i
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
+    fill(np.empty(2))
+    child = os.fork()
+    if child == 0:
+        numbabn.batch_norm(np.ones((20, 2, 65, 67), np.float32), training=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    )
+    assert output.split() == ["0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_fork_waits_for_a_thread_that_compiles():
     output = run(
         CALL
@@ -209,6 +235,27 @@ def test_without_a_folder_to_write_to_kernels_still_run():
     """
     )
     assert output.split() == ["-1.0", "1.0", "None"]
+
+
+def test_without_the_compiler_a_call_says_so():
+    output = run(
+        """
+    import numpy as np
+    import numbabn
+    from numbabn.cli import main
+
+    assert numbabn.fold(np.ones((2, 1)), None, np.zeros(2), np.ones(2))
+    try:
+        numbabn.batch_norm(np.ones((4, 8)), training=True)
+    except RuntimeError as error:
+        print(error)
+    print(main(["warmup"]), main(["info"]))
+    """,
+        NUMBA_DISABLE_JIT="1",
+    )
+    lines = output.splitlines()
+    assert lines[0].startswith("NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run")
+    assert lines[-1] == "1 0"
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("planes", (20, 9, 4355)), ("rows", (4099, 150))])

@@ -1,7 +1,6 @@
 """``numbabn bench``: time the operations against memory itself and against the peers."""
 
 import argparse
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..command import (
     CommandError,
     add_json_option,
+    names_of,
     output_file,
     positive_number,
     require,
@@ -51,21 +51,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     add(
         "--op",
-        type=_names_of(TRAFFIC),
+        type=names_of(TRAFFIC),
         default=list(OPS),
         metavar="OPS",
         help=f"some of {', '.join(TRAFFIC)} (default: {','.join(OPS)})",
     )
     add(
         "--layout",
-        type=_names_of(LAYOUTS),
+        type=names_of(LAYOUTS),
         metavar="LAYOUTS",
         help=f"some of {', '.join(LAYOUTS)}: channels first, channels last, no places "
         "(default: nchw and nc; all in quick)",
     )
     add(
         "--dtype",
-        type=_names_of(DTYPES),
+        type=names_of(DTYPES),
         default=["float32"],
         metavar="DTYPES",
         help=f"some of {', '.join(DTYPES)} (default: float32)",
@@ -91,7 +91,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     add(
         "--against",
-        type=_names_of([*peers.NEEDS, ALL]),
+        type=names_of([*peers.NEEDS, ALL]),
         default=[],
         metavar="PEERS",
         help=f"some of {', '.join(peers.NEEDS)}, or all: those installed (default: none)",
@@ -182,20 +182,6 @@ def _document(
         "cases": [result.document() for result in found],
         "geometric_means": means(found, names),
     }
-
-
-def _names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Make an argparse type for names with commas between them."""
-
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(suites.split(text)))
-        if not names or not set(names) <= set(known):
-            raise argparse.ArgumentTypeError(
-                f"expected some of {', '.join(known)}, with commas between, got {text!r}"
-            )
-        return names
-
-    return parse
 
 
 def _picture_file(text: str) -> Path:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..command import CommandError
+from ..command import CommandError, split
 from .cases import LAYOUTS, Case, layouts_of
 
 BATCH = 32
@@ -44,11 +44,6 @@ SUITES = {
         ((64, 56, 56), (256, 14, 14), (512, 7, 7)), ((4096, 1024),), layouts=LAYOUTS
     ),
 }  # fmt: skip
-
-
-def split(text: str) -> list[str]:
-    """Split an argument at its commas."""
-    return [name for name in text.split(",") if name]
 
 
 def parse_shape(text: str) -> Shape:
