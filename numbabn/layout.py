@@ -2,7 +2,6 @@
 
 Planes have the channel outside, ``[N, C, S]``; rows have it inside, ``[N, S, C]`` in memory. Both
 are three sizes and, for each array, three steps, so that a kernel needs no more than a `View`.
-Many short planes run as rows of ``C * S`` columns, of which S fold into a channel.
 Axes other than the channel may be taken in any order, because batch normalization treats them
 alike; all the arrays of one call are taken in the same order.
 """
@@ -13,8 +12,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-
-SHORT_PLANE = 400  # places; shorter planes run as rows of C * S columns
 
 # Channels; rows shorter than this do not pay for a loop each, and run as planes whose places are
 # gathered into tiles: 6 times as fast or more at 3 channels, on a busy machine.
@@ -39,7 +36,8 @@ class Layout(NamedTuple):
     """How the arrays of one call are seen: planes or rows, sizes, and a view of each."""
 
     kind: str  # "planes" or "rows"
-    shape: tuple[int, int, int, int]  # N, C, S and the fold: columns of a row per channel
+    shape: tuple[int, int, int]  # N, C, S
+    adjoining: bool  # whether in every map planes, or rows, lie in order and without a gap
     views: tuple[View | None, ...]  # outputs, inputs, and the mask
     copies: tuple[tuple[Any, Any], ...]  # (an output, the contiguous stand-in to copy back)
 
@@ -51,7 +49,8 @@ class Layout(NamedTuple):
 
 class _Plan(NamedTuple):
     kind: str
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, int, int]
+    adjoining: bool
     steps: tuple[tuple[int, int, int], ...]  # dn, dc, ds of each array
 
 
@@ -97,15 +96,15 @@ def _plan(
         kind = "planes"
     N = math.prod(shape[i] for i in outer)
     S = math.prod(shape[i] for i in inner)
-    C, fold = shape[axis], 1
+    C = shape[axis]
     each = tuple(
         (s[outer[-1]] if outer else 0, s[axis], s[inner[-1]] if inner else 0) for s in steps
     )
-    short = C > 1 and S < SHORT_PLANE
-    if kind == "planes" and short and all(ds == 1 and dc == S for _, dc, ds in each):
-        kind, fold, N, S = "rows", S, 1, N
-        each = tuple((0, 1, dn) for dn, _, _ in each)
-    return _Plan(kind, (N, C, S, fold), each)
+    if kind == "planes":
+        adjoining = all((dc, ds) == (S, 1) for _, dc, ds in each)
+    else:
+        adjoining = all((dc, ds) == (1, C) and dn in (0, S * C) for dn, dc, ds in each)
+    return _Plan(kind, (N, C, S), adjoining, each)
 
 
 def arrange(
@@ -155,4 +154,4 @@ def arrange(
 
     steps = iter(plan.steps)
     views = tuple([None if a is None else View(a, *next(steps)) for a in (*arrays, mask)])
-    return Layout(plan.kind, plan.shape, views, copies)
+    return Layout(plan.kind, plan.shape, plan.adjoining, views, copies)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import numbabn
 from numbabn import reference
+from numbabn.cpu import schedule
 
 OPTIONS = {
     "plain": (False, None),
@@ -257,10 +258,20 @@ def test_correction_is_the_running_variances_alone(correction):
     np.testing.assert_array_equal(y, numbabn.batch_norm(x, training=True))
 
 
+@pytest.fixture(params=["real caches", "tiny caches"])
+def caches(request, monkeypatch):
+    """Small arrays go past tiny caches, as large ones past real ones, and through a slab."""
+    if request.param == "tiny caches":
+        monkeypatch.setattr(schedule, "cache_bytes", {2: 1 << 6, 3: 1 << 14}.get)
+    schedule._cut.cache_clear()
+    yield
+    schedule._cut.cache_clear()
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @cases.memory
 @cases.dtypes
-def test_any_strides(lay, axis, dtype, ulp):
+def test_any_strides(caches, lay, axis, dtype, ulp):
     p = Problem((9, 17, 5, 6), axis, dtype, ulp, with_residual=True, activation="relu")
     keywords = p.keywords | {"residual": lay(p.residual)}
     result = numbabn.batch_norm_forward(lay(p.x), p.weight, p.bias, **keywords)
@@ -273,6 +284,10 @@ def test_any_strides(lay, axis, dtype, ulp):
     )
     dresidual = p.check_gradients(gradients, mean, invstd, passed, training=True)
     np.testing.assert_array_equal(gradients.dresidual, dresidual)
+    y = numbabn.batch_norm_inference(
+        lay(p.x), p.running_mean, p.running_var, p.weight, p.bias, **keywords
+    )
+    p.check_y(y, p.running_mean, 1 / np.sqrt(p.running_var + 1e-5))
 
 
 @cases.memory

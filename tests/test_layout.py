@@ -8,17 +8,14 @@ from numbabn.layout import arrange
 
 
 def strided(layout, view):
-    """See an array as a kernel does: [N, C * fold, S]."""
-    N, C, S, fold = layout.shape
+    """See an array as a kernel does: [N, C, S]."""
     steps = (step * view.array.itemsize for step in (view.dn, view.dc, view.ds))
-    return np.lib.stride_tricks.as_strided(view.array, (N, C * fold, S), tuple(steps))
+    return np.lib.stride_tricks.as_strided(view.array, layout.shape, tuple(steps))
 
 
 def elements(layout, view):
     """Read a view into [C, N * S]."""
-    N, C, S, fold = layout.shape
-    values = strided(layout, view)
-    return values.reshape(N, C, fold, S).transpose(1, 0, 3, 2).reshape(C, -1)
+    return strided(layout, view).transpose(1, 0, 2).reshape(layout.shape[1], -1)
 
 
 @cases.shapes
@@ -57,10 +54,10 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
     ("shape", "axis", "order", "kind"),
     [
         ((8, 16, 600), 1, (0, 1, 2), "planes"),
-        ((8, 16, 60), 1, (0, 1, 2), "rows"),  # short planes as columns
-        ((1, 16, 60), 1, (0, 1, 2), "rows"),
+        ((8, 16, 60), 1, (0, 1, 2), "planes"),
+        ((1, 16, 60), 1, (0, 1, 2), "planes"),
         ((8, 16), 1, (0, 1), "rows"),
-        ((8, 16), 1, (1, 0), "rows"),  # sixteen planes of eight, side by side
+        ((8, 16), 1, (1, 0), "planes"),  # sixteen planes of eight, side by side
         ((800, 16), 1, (1, 0), "planes"),
         ((8, 60, 16), 2, (0, 1, 2), "rows"),
         ((8, 600, 16), 2, (0, 2, 1), "planes"),
@@ -80,4 +77,22 @@ def test_kind_follows_memory(shape, axis, order, kind):
 
 def test_one_channel_is_one_long_plane():
     layout = arrange(1, (np.zeros((5, 1, 8, 9)),))
-    assert (layout.kind, layout.shape) == ("planes", (1, 1, 360, 1))
+    assert (layout.kind, layout.shape) == ("planes", (1, 1, 360))
+
+
+@pytest.mark.parametrize(
+    ("x", "axis", "adjoining"),
+    [
+        (np.zeros((8, 16, 60)), 1, True),
+        (np.zeros((8, 16, 60))[::2], 1, True),  # the planes of one n still do
+        (np.zeros((8, 16, 60))[:, ::2], 1, False),
+        (np.zeros((8, 16, 60))[:, :, ::2], 1, False),
+        (np.zeros((8, 60, 16)), 2, True),
+        (np.zeros((8, 60, 32))[:, :, :16], 2, False),
+        (np.zeros((8, 60, 16))[::2], 2, False),
+        (np.zeros((60, 16)), 1, True),
+        (np.zeros((60, 16))[::2], 1, False),
+    ],
+)
+def test_adjoining_planes_and_rows_lie_without_a_gap(x, axis, adjoining):
+    assert arrange(axis, (x,), (np.empty(x.shape),)).adjoining is adjoining

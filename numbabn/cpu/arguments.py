@@ -20,7 +20,7 @@ from numba.extending import (
     unbox,
 )
 
-from .intrinsics import BFLOAT16, FLOAT16, narrow, widen
+from .intrinsics import BFLOAT16, FLOAT16, computed_type, narrow, widen
 
 _BYTE, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
@@ -76,12 +76,16 @@ class Settings(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Room to work in, by threads, or one for all if they work on a block of channels together."""
+    """Room to work in.
+
+    `spares` and `sums` are by threads; the others too, unless all work on one block together.
+    """
 
     slab: Any  # what was summed of a block, for the sweep that writes; or None
-    spares: Any  # tiles, by threads, for elements that lie apart; or None
-    sums: Any  # float64, by threads: sums of each column of a block of rows; or None
-    work: Any  # float64: constants and partial sums of a block
+    spares: Any  # tiles for elements that lie apart; or None
+    sums: Any  # float64: sums of sixteen lanes, or of each column, of a block
+    constants: Any  # as data are computed with: what writing takes of a block's channels
+    partials: Any  # float64: what is left of each piece of each channel of a block
 
 
 class Shape(NamedTuple):
@@ -90,16 +94,17 @@ class Shape(NamedTuple):
     N: int
     C: int
     S: int
-    fold: int  # columns of a row that belong to one channel
-    block: int  # channels of planes, or columns of rows, that are summed before they are written
+    block: int  # channels of planes that are summed before they are written; columns of a task
+    group: int  # channels of a block that are taken side by side; rows that are written as one
     together: bool  # whether all threads work on one block
     threads: int
     streaming: bool  # whether results go past the caches
-    offset: int  # columns that the first block of rows lacks, so that blocks of y begin with a line
+    adjoining: bool  # whether channels (planes) or rows lie without a gap in every map
     tile: int  # elements of a plane, or rows, that are taken in one go
     cuts: int  # tiles of one n
     piece: int  # tiles of a channel, or of rows, that are summed together
     pieces: int
+    ahead: int  # tiles from what is summed to what is fetched
 
 
 class Strided(types.Type):
@@ -118,6 +123,7 @@ class Numbers(types.Type):
 
 
 numbers = Numbers()
+_SIZES = {int: types.intp, bool: types.boolean}
 
 
 @register_model(Strided)
@@ -270,7 +276,7 @@ def signature(kind: type, dtype: Any) -> types.NamedTuple:
         Parameters: (numbers,) * 6,
         Gradients: (numbers,) * 5,
         Settings: (types.float64, types.float64, types.float64, types.boolean),
-        Memory: (strided, strided, wide, wide),
-        Shape: (*(types.intp,) * 5, types.boolean, types.intp, types.boolean, *(types.intp,) * 5),
+        Memory: (strided, strided, wide, Strided(computed_type(dtype)), wide),
+        Shape: tuple(_SIZES[kind] for kind in Shape.__annotations__.values()),
     }[kind]
     return types.NamedTuple(members, kind)

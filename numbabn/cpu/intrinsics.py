@@ -22,16 +22,11 @@ _BOOL, _BYTE, _HALF, _I16 = ir.IntType(1), ir.IntType(8), ir.HalfType(), ir.IntT
 _I32, _I64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _COMPUTED = {types.float32: _FLOAT, types.float64: _DOUBLE}
 FLOAT16, BFLOAT16 = types.uint16, types.int16
-STORED = (types.float32, types.float64, FLOAT16, BFLOAT16)
 # Rounding differs with contraction, so every operation has the same flags wherever it stands.
 _FLAGS = ("contract", "nsz")
 
 
 # Pointers.
-
-
-def _is_pointer(kind, dtypes=STORED):
-    return isinstance(kind, types.CPointer) and kind.dtype in dtypes
 
 
 @intrinsic
@@ -45,27 +40,6 @@ def moved(typing_context, pointer, elements):
 
 
 @intrinsic
-def as_computed(typing_context, pointer, like):
-    """Turn a pointer into one to numbers as those of `like` are computed with."""
-    result = types.CPointer(computed_type(like.dtype))
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(result))
-
-    return result(pointer, like), codegen
-
-
-@intrinsic
-def itemsize(typing_context, pointer):
-    """Bytes of one number."""
-
-    def codegen(context, builder, signature, args):
-        return ir.Constant(_I64, signature.args[0].dtype.bitwidth // 8)
-
-    return types.intp(pointer), codegen
-
-
-@intrinsic
 def missing(typing_context, pointer):
     """Whether a pointer is null: its argument was None."""
 
@@ -75,12 +49,33 @@ def missing(typing_context, pointer):
     return types.boolean(pointer), codegen
 
 
+def _line_bytes(pointer):
+    """Bytes to which sixteen numbers are streamed: a line, or what they take of one."""
+    return min(LINE, LANES * pointer.dtype.bitwidth // 8)
+
+
 @intrinsic
-def address(typing_context, pointer):
-    """Give the address as a number."""
+def line_numbers(typing_context, pointer):
+    """Numbers of a line, at most sixteen."""
 
     def codegen(context, builder, signature, args):
-        return builder.ptrtoint(args[0], _I64)
+        kind = signature.args[0]
+        return ir.Constant(_I64, _line_bytes(kind) * 8 // kind.dtype.bitwidth)
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
+def front(typing_context, pointer):
+    """How many numbers lie between an address that can be streamed to and this one."""
+
+    def codegen(context, builder, signature, args):
+        kind = signature.args[0]
+        within = builder.and_(
+            builder.ptrtoint(args[0], _I64), ir.Constant(_I64, _line_bytes(kind) - 1)
+        )
+        size = kind.dtype.bitwidth // 8
+        return builder.lshr(within, ir.Constant(_I64, size.bit_length() - 1))
 
     return types.intp(pointer), codegen
 
@@ -106,17 +101,45 @@ def put(typing_context, pointer, index, value):
     return types.void(pointer, types.intp, pointer.dtype), codegen
 
 
+def _fetch(builder, at, write=0):
+    """Fetch a line into L2; L1 is too small for what is kilobytes ahead."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    intent, l2, data = (ir.Constant(_I32, k) for k in (write, 2, 1))
+    builder.call(function, [at, intent, l2, data])
+
+
 @intrinsic
 def prefetch(typing_context, pointer, index):
-    """Fetch the lines of sixteen numbers into L2; L1 is too small for what is kilobytes ahead."""
+    """Fetch the lines of sixteen numbers, the first of which begins a line."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         at = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTE.as_pointer())
-        read, l2, data = (ir.Constant(_I32, k) for k in (0, 2, 1))
         for line in range(0, LANES * signature.args[0].dtype.bitwidth // 8, LINE):
-            builder.call(function, [builder.gep(at, [ir.Constant(_I64, line)]), read, l2, data])
+            _fetch(builder, builder.gep(at, [ir.Constant(_I64, line)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
+
+
+@intrinsic
+def prefetch_line(typing_context, pointer, index):
+    """Fetch the line of one number."""
+
+    def codegen(context, builder, signature, args):
+        _fetch(builder, builder.bitcast(builder.gep(args[0], [args[1]]), _BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
+
+
+@intrinsic
+def prefetch_target(typing_context, pointer, index):
+    """Fetch the line of one number that will be written, but not the whole line."""
+
+    def codegen(context, builder, signature, args):
+        at = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTE.as_pointer())
+        _fetch(builder, at, write=1)
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp), codegen
@@ -252,6 +275,12 @@ def _first_lanes(builder, count):
     return builder.icmp_signed("<", steps, _every(builder, builder.trunc(count, _I32)))
 
 
+def _lanes_between(builder, first, last):
+    """Which lanes are from `first` on, and before `last`."""
+    before = _first_lanes(builder, first)
+    return builder.and_(builder.not_(before), _first_lanes(builder, last))
+
+
 def _masked(builder, name, result, at, *rest):
     """Call LLVM's masked load or store."""
     scalar = at.type.pointee.element
@@ -279,20 +308,21 @@ def load(typing_context, pointer, index):
 
 
 @intrinsic
-def load_first(typing_context, pointer, index, count):
-    """`load`, of which only the first `count` are read; the others are 0."""
+def load_part(typing_context, pointer, index, first, last):
+    """`load`, of which only lanes `first` to `last` are read; the others are 0."""
     if isinstance(pointer, Lanes):
-        kind = pointer(pointer, types.intp, types.intp)
+        kind = pointer(pointer, types.intp, types.intp, types.intp)
         return kind, lambda context, builder, signature, args: args[0]
 
     def codegen(context, builder, signature, args):
         at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
         align, zeros = ir.Constant(_I32, itemsize), ir.Constant(at.type.pointee, None)
-        kept = _first_lanes(builder, args[2])
+        kept = _lanes_between(builder, *args[2:])
         value = _masked(builder, "load", at.type.pointee, at, at, align, kept, zeros)
         return widen(builder, signature.args[0].dtype, value)
 
-    return Lanes(computed_type(pointer.dtype))(pointer, types.intp, types.intp), codegen
+    result = Lanes(computed_type(pointer.dtype))
+    return result(pointer, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -330,7 +360,7 @@ def _storing(streaming):
         def codegen(context, builder, signature, args):
             at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
             value = narrow(builder, signature.args[0].dtype, args[2])
-            align = min(LINE, LANES * itemsize) if streaming else itemsize
+            align = _line_bytes(signature.args[0]) if streaming else itemsize
             instruction = builder.store(value, at, align=align)
             if streaming:
                 one = builder.module.add_metadata([ir.Constant(_I32, 1)])
@@ -349,17 +379,21 @@ stream = _storing(streaming=True)
 
 
 @intrinsic
-def store_first(typing_context, pointer, index, lanes, count):
-    """`store`, of which only the first `count` are written."""
+def store_part(typing_context, pointer, index, lanes, first, last):
+    """`store`, of which only lanes `first` to `last` are written.
+
+    A line that is streamed to must not be touched, be it by lanes that are left out: that takes
+    some 50 ns.
+    """
 
     def codegen(context, builder, signature, args):
         at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
         value = narrow(builder, signature.args[0].dtype, args[2])
-        align, kept = ir.Constant(_I32, itemsize), _first_lanes(builder, args[3])
+        align, kept = ir.Constant(_I32, itemsize), _lanes_between(builder, *args[3:])
         _masked(builder, "store", ir.VoidType(), at, value, at, align, kept)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.intp, lanes, types.intp), codegen
+    return types.void(pointer, types.intp, lanes, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -393,6 +427,16 @@ def keep_first(typing_context, lanes, count):
         return builder.select(_first_lanes(builder, args[1]), args[0], zeros)
 
     return lanes(lanes, types.intp), codegen
+
+
+@intrinsic
+def blend(typing_context, lanes, other, count):
+    """Take the first `count` lanes of one, the rest of the other."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(_first_lanes(builder, args[2]), args[0], args[1])
+
+    return lanes(lanes, other, types.intp), codegen
 
 
 @intrinsic

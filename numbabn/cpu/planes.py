@@ -1,66 +1,70 @@
 """Kernels on planes ``[N, C, S]``: a channel's values lie in N runs of S.
 
-A run is cut into tiles, and a channel's tiles are taken in pieces, whose sums are merged: the tree
-of a sum depends on the shape alone.
+A long plane is cut into tiles; short planes of a group of channels make one tile. A channel's tiles
+are taken in pieces, whose sums are merged: the tree of a sum depends on the shape alone.
 
 Forward and backward go through blocks of channels as through a pipe: a tile of the block before is
 written, then the same tile of the next block is summed, so that memory is read and written at once.
-A slab keeps what was summed until it is written: a channel's planes lie far apart, often at
-distances that share a few sets of the cache.
+A slab keeps what was summed until it is written, where a block is too large for a cache to keep it.
+
+Results go past the caches in whole lines. Where a plane ends within a line, the line is left to the
+next plane, which starts there: a line in two parts would first have to be read, and a store that
+waits for memory holds up all the stores behind it.
 """
 
-import numpy as np
 from numba import prange
 
 from .arguments import number, set_number
 from .compilation import inlined, kernel, primitive
-from .intrinsics import (
-    LANES,
-    get,
-    missing,
-    moved,
-    nothing,
-    put,
-    rounded,
-    spread,
-    store_fence,
-    together,
-)
+from .intrinsics import LANES, front, get, load, missing, moved, nothing, put, store_fence, together
 from .vector import (
+    CONSTANTS,
+    PARTIAL,
+    SUMS,
     element,
     finish_backward,
     finish_forward,
     first_number,
     gather,
     gradient_run,
+    keep_front,
+    keep_gated_front,
     lead,
-    merge,
+    merged_moments,
+    merged_products,
     moments,
     normalize_run,
     of_thread,
-    product_run,
+    partial,
+    product_planes,
     running_affine,
     scatter,
+    set_moments,
+    set_products,
     share,
     spares_of,
-    sum_run,
+    sum_planes,
 )
 
-PLANE_TILE = 256  # elements of a plane that are taken in one go
-PLANE_PIECE = 64  # tiles of a channel that are summed together, at least ...
+PLANE_TILE = 1024  # elements of a plane that are taken in one go, at most
+PLANE_GROUP = 512  # elements of a group of short planes, about
+PLANE_PIECE = 1 << 14  # elements of a channel that are summed together, at least ...
 PLANE_PIECES = 64  # ... and pieces of a channel, at most
-PLANE_AHEAD = 5  # tiles from what is summed to what is fetched: 5 KB of float32
-CONSTANTS = 5  # numbers per channel that writing takes, at most
-PARTIAL = 3  # numbers that are left of a piece: count, mean and M2, or two sums
+PLANE_AHEAD = 1536  # elements from what is summed to what is fetched, about
 SPARE = PLANE_TILE + LANES  # elements of a spare tile
 
 
 def tiling(N: int, S: int) -> tuple[int, int, int, int]:
     """Elements of a tile, tiles of a plane, tiles of a piece, pieces of a channel."""
     cuts = -(-S // PLANE_TILE)
-    tile = -(-S // (cuts * LANES)) * LANES
-    piece = max(PLANE_PIECE, -(-N * cuts // PLANE_PIECES))
+    tile = S if cuts == 1 else -(-S // (cuts * LANES)) * LANES
+    piece = max(-(-PLANE_PIECE // tile), -(-N * cuts // PLANE_PIECES))
     return tile, cuts, piece, -(-N * cuts // piece)
+
+
+def slab_row(group: int, S: int) -> int:
+    """Elements that the slab has for a group of planes, the front of their first line included."""
+    return LANES + -(-group * S // LANES) * LANES
 
 
 @inlined
@@ -78,155 +82,188 @@ def _next(shape, n, s):
 
 
 @inlined
-def _constants(work, k):
-    """Where the constants of the block's channel ``k`` are kept."""
-    return moved(work.data, k * CONSTANTS)
+def _channels(shape, block, k):
+    """First channel, and channels, of the group at ``k`` of a block; none if there is no such."""
+    c = block * shape.block + k
+    return c, max(0, min(shape.group, shape.C - c)) if block >= 0 else 0
 
 
 @inlined
-def _set_constants(work, k, values):
-    for i, value in enumerate(values):
-        put(_constants(work, k), i, np.float64(value))
+def _constants(memory, k):
+    """Constants of the block's channel ``k``; those of the channel before the block lie before."""
+    return moved(memory.constants.data, (k + 1) * CONSTANTS)
 
 
 @inlined
-def _partial(work, shape, k, piece):
-    """Where the sums of a piece of the block's channel ``k`` are kept."""
-    return moved(work.data, shape.block * CONSTANTS + (k * shape.pieces + piece) * PARTIAL)
-
-
-@inlined
-def _kept(slab, shape, k, n, s):
-    """Where the slab keeps what was read at (n, s) of the block's channel ``k``."""
-    if missing(slab.data):
-        return slab.data
-    return moved(slab.data, (k * shape.N + n) * shape.S + s)
+def _kept(memory, shape, summed, n, k):
+    """Where the slab keeps the group at ``k`` of a block, of the first or the second input."""
+    data = memory.slab.data
+    if missing(data):
+        return data
+    row = LANES + -(-shape.group * shape.S // LANES) * LANES
+    groups = -(-shape.block // shape.group)
+    return moved(data, ((summed * groups + k // shape.group) * shape.N + n) * row + LANES)
 
 
 @inlined
 def _ahead(view, shape, n, c, s):
-    """Where the tile lies that will be summed some tiles later, maybe of the next channel."""
-    s += PLANE_AHEAD * shape.tile
+    """Where the tile lies that will be summed some tiles later, maybe of the next group."""
+    s += shape.ahead * shape.tile
     while s >= shape.S:
         s -= shape.cuts * shape.tile
         n += 1
     if n >= shape.N:
         n -= shape.N
-        c += 1
+        c += shape.group
     if s < 0 or n >= shape.N or c >= shape.C:
         return view.data
     return element(view, n, c, s)
 
 
 @inlined
-def _near(view, n, c, s, size, spares, k):
-    """Pointer to a run; if its elements lie apart, to a copy in spare tile ``k``."""
-    at = element(view, n, c, s)
+def _near(view, n, c, start, stop, spares, k):
+    """Pointer to planes from channel ``c`` on; to a copy in spare tile ``k`` if places lie apart."""
+    at = element(view, n, c, 0)
     if view.ds == 1 or missing(at):
         return at
-    gather(at, view.ds, moved(spares.data, k * SPARE), size)
-    return moved(spares.data, k * SPARE)
+    spare = moved(spares.data, k * SPARE)
+    gather(moved(at, start * view.ds), view.ds, spare, stop - start)
+    return moved(spare, -start)
 
 
 @inlined
-def _written(view, shape, n, c, s, first, last, streaming):
-    """Where to begin and to end writing a tile, the `first` or `last` of a piece or neither.
+def _target(view, n, c, start, spares, k):
+    """Pointer to planes to write, or to a spare tile."""
+    at = element(view, n, c, 0)
+    return at if view.ds == 1 or missing(at) else moved(spares.data, k * SPARE - start)
 
-    Lines of the target are cut only between pieces: another thread may be ahead by then with the
-    slab of the next piece.
+
+@inlined
+def _put_back(view, n, c, start, stop, tile):
+    """Write what lies in a spare tile to where it belongs."""
+    if view.ds != 1 and not missing(view.data):
+        at = moved(element(view, n, c, 0), start * view.ds)
+        scatter(moved(tile, start), at, view.ds, stop - start)
+
+
+@inlined
+def _written(view, shape, n, c, count, s, first, last, scope):
+    """First and last number to write of a tile, counted from its first plane.
+
+    `scope` are the channels whose planes one thread after the other writes, lines that two of them
+    share included. Within a plane lines are cut in two only between pieces: another thread may be
+    ahead by then with the slab of the next piece.
     """
-    end = min(s + shape.tile, shape.S)
-    if not streaming:
-        return s, end
-    skip = lead(element(view, n, c, 0))
-    if s > 0 and not first:
-        s = min(s + skip, shape.S)
-    return s, end if last else min(end + skip, shape.S)
+    stop, whole, end = 0, count * shape.S, s + shape.tile
+    if shape.streaming and view.ds == 1:
+        at = element(view, n, c, 0)
+        if shape.adjoining and c + count < scope[1]:
+            whole -= front(moved(at, whole))
+        skip = lead(moved(at, s))
+        if shape.adjoining and s == 0 and c > scope[0]:
+            s = -front(at)
+        elif s > 0 and not first:
+            s += skip
+        stop = whole if end >= shape.S else end if last else end + skip
+    else:
+        stop = whole if end >= shape.S else end
+    return min(s, whole), min(stop, whole)
 
 
 @inlined
-def _normalize_tile(maps, slab, spares, shape, n, c, k, s, end, held, rectify, streaming):
-    size = end - s
-    y, mask = maps.y, maps.mask
-    x_run = _kept(slab, shape, k, n, s)
+def _normalize_tile(maps, memory, shape, n, c, k, start, stop, rectify):
+    y, mask, spares = maps.y, maps.mask, memory.spares
+    x_run = _kept(memory, shape, 0, n, k)
     if missing(x_run):
-        x_run = _near(maps.x, n, c, s, size, spares, 0)
-    y_run = element(y, n, c, s)
-    if y.ds != 1:
-        y_run = moved(spares.data, 2 * SPARE)
+        x_run = _near(maps.x, n, c, start, stop, spares, 0)
+    y_run = _target(y, n, c, start, spares, 2)
     normalize_run(
-        x_run, _near(maps.residual, n, c, s, size, spares, 1), y_run,
-        mask.data, n * mask.dn + c * mask.dc + s * mask.ds, mask.ds,
-        size, held[0], held[1], held[2], rectify, streaming,
+        x_run, _near(maps.residual, n, c, start, stop, spares, 1), y_run,
+        mask.data, n * mask.dn + c * mask.dc, mask.ds, start, stop, shape.S,
+        _constants(memory, k), rectify, shape.streaming and y.ds == 1,
     )  # fmt: skip
-    if y.ds != 1:
-        scatter(y_run, element(y, n, c, s), y.ds, size)
+    _put_back(y, n, c, start, stop, y_run)
 
 
 @inlined
-def _sum_tile(x, slab, spares, shape, n, c, k, s, shift, sums):
+def _sum_tile(x, y, memory, shape, n, c, k, count, piece, s, inner):
+    """Sum a tile of `count` channels. `inner`: the planes before belong to the same thread."""
     size = min(shape.tile, shape.S - s)
-    run = _near(x, n, c, s, size, spares, 0)
-    return sum_run(run, _ahead(x, shape, n, c, s), _kept(slab, shape, k, n, s), size, shift, sums)
+    ahead = _ahead(x, shape, n, c, s)
+    slab = _kept(memory, shape, 0, n, k)
+    if not missing(slab):
+        if s == 0 and inner:
+            keep_front(slab, element(x, n, c, 0), front(element(y, n, c, 0)))
+        slab = moved(slab, s)
+    sum_planes(
+        moved(_near(x, n, c, s, s + size, memory.spares, 0), s), ahead, x.dc, slab, shape.S,
+        count, size, partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
+    )  # fmt: skip
+
+
+@inlined
+def _start_sums(memory, count):
+    """Set the sums of a group to 0."""
+    for i in range(count * SUMS):
+        put(memory.sums.data, i, 0.0)
+
+
+@inlined
+def _sum_of(memory, k):
+    """Sum the lanes of a group's sum ``k``."""
+    return together(load(memory.sums.data, k * LANES))
 
 
 @primitive
-def _forward_piece(maps, memory, shape, block, before, k, piece, rectify):
-    """Write a piece of block `before`'s channel `k`, sum that piece of `block`'s; -1 is none."""
-    x, slab, spares = maps.x, memory.slab, memory.spares
-    last, c = before * shape.block + k, block * shape.block + k
-    writes, sums = 0 <= last < shape.C and before >= 0, block >= 0 and c < shape.C
-    constants = _constants(memory.work, k)
-    held = (
-        spread(rounded(get(constants, 0), x.data)),
-        spread(rounded(get(constants, 1), x.data)),
-        spread(rounded(get(constants, 2), x.data)),
-    )
-    streaming = shape.streaming and maps.y.ds == 1
+def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify):
+    """Write a piece of the group at `k` of block `before`, sum that of `block`; -1 is none."""
+    last, writes = _channels(shape, before, k)
+    c, sums = _channels(shape, block, k)
+    inner = shape.adjoining and c > scope[0]
     n, s, tiles = _start(shape, piece)
-    first = first_number(element(x, n, c, s), 0) if sums else 0.0
-    shift, zero = spread(first), spread(0.0)
-    found = zero, zero, zero, zero
-    count = 0
+    _start_sums(memory, sums)
+    for j in range(sums):
+        first = first_number(element(maps.x, n, c + j, s), 0)
+        put(partial(memory, shape, k + j, piece), 0, first)
+    places = 0
     for t in range(tiles):
         if writes:
-            begin, end = _written(maps.y, shape, n, last, s, t == 0, t == tiles - 1, streaming)
-            _normalize_tile(
-                maps, slab, spares, shape, n, last, k, begin, end, held, rectify, streaming
-            )
+            start, stop = _written(maps.y, shape, n, last, writes, s, t == 0, t == tiles - 1, scope)
+            _normalize_tile(maps, memory, shape, n, last, k, start, stop, rectify)
         if sums:
-            found = _sum_tile(x, slab, spares, shape, n, c, k, s, shift, found)
-            count += min(shape.tile, shape.S - s)
+            _sum_tile(maps.x, maps.y, memory, shape, n, c, k, sums, piece, s, inner)
+        places += min(shape.tile, shape.S - s)
         n, s = _next(shape, n, s)
-    if sums:
-        partial = _partial(memory.work, shape, k, piece)
-        mean, m2 = moments(
-            count, first, together(found[0] + found[2]), together(found[1] + found[3])
-        )
-        put(partial, 0, np.float64(count))
-        put(partial, 1, mean)
-        put(partial, 2, m2)
+    for j in range(sums):
+        total = _sum_of(memory, 4 * j) + _sum_of(memory, 4 * j + 2)
+        squares = _sum_of(memory, 4 * j + 1) + _sum_of(memory, 4 * j + 3)
+        shift = get(partial(memory, shape, k + j, piece), 0)
+        mean, m2 = moments(places, shift, total, squares)
+        set_moments(memory, shape, k + j, piece, places, mean, m2)
 
 
 @primitive
-def _merged(work, shape, k):
-    """Count, mean and M2 of a channel."""
-    partial = _partial(work, shape, k, 0)
-    count, mean, m2 = get(partial, 0), get(partial, 1), get(partial, 2)
-    for piece in range(1, shape.pieces):
-        partial = _partial(work, shape, k, piece)
-        count, mean, m2 = merge(count, mean, m2, get(partial, 0), get(partial, 1), get(partial, 2))
-    return count, mean, m2
+def _keep_last_constants(memory, shape):
+    """Put the constants of a block's last channel where the next block looks for them."""
+    for i in range(CONSTANTS):
+        put(_constants(memory, -1), i, get(_constants(memory, shape.block - 1), i))
+
+
+@inlined
+def _set_constants(memory, k, values):
+    for i, value in enumerate(values):
+        put(_constants(memory, k), i, value)
 
 
 @primitive
 def _finish_forward(x, memory, shape, parameters, settings, block):
     """Save a block's statistics, and what writing it takes."""
+    _keep_last_constants(memory, shape)
     for k in range(min(shape.block, shape.C - block * shape.block)):
         c = block * shape.block + k
-        count, mean, m2 = _merged(memory.work, shape, k)
+        count, mean, m2 = merged_moments(memory, shape, k)
         values = finish_forward(x, c, count, mean, m2, parameters, settings)
-        _set_constants(memory.work, k, values)
+        _set_constants(memory, k, values)
 
 
 @primitive
@@ -241,33 +278,40 @@ def _rounds(shape):
 
 
 @primitive
-def _forward_round(maps, parameters, settings, memory, shape, block, t):
-    """Take a thread's share of a block and of the block before, or its own blocks one by one."""
-    if shape.together:
-        tasks = shape.block * shape.pieces
-        first, last = share(tasks, t, shape.threads)
-        _forward_tasks(
-            maps, spares_of(memory, t), shape, block, block - 1, first, last, settings.rectify
-        )
-    else:
-        memory = of_thread(memory, t)
-        first, last = share(_blocks(shape), t, shape.threads)
-        for block in range(first, last + 1):
-            summed, written = block if block < last else -1, block - 1 if block > first else -1
-            tasks = shape.block * shape.pieces
-            _forward_tasks(maps, memory, shape, summed, written, 0, tasks, settings.rectify)
-            if block < last:
-                _finish_forward(maps.x, memory, shape, parameters, settings, block)
-    store_fence()
+def _forward_tasks(maps, memory, shape, scope, block, before, first, last, rectify):
+    """Take pieces of groups of two blocks."""
+    for task in range(first, last):
+        k, piece = task // shape.pieces * shape.group, task % shape.pieces
+        _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify)
+
+
+@inlined
+def _tasks(shape):
+    """Pieces of groups of a block."""
+    return -(-shape.block // shape.group) * shape.pieces
 
 
 @primitive
-def _forward_tasks(maps, memory, shape, block, before, first, last, rectify):
-    """Take pieces of channels of two blocks."""
-    for task in range(first, last):
-        _forward_piece(
-            maps, memory, shape, block, before, task // shape.pieces, task % shape.pieces, rectify
-        )
+def _forward_round(maps, parameters, settings, memory, shape, block, t):
+    """Take a thread's share of a block and of the block before, or its own blocks one by one."""
+    if shape.together:
+        first, last = share(_tasks(shape), t, shape.threads)
+        _forward_tasks(
+            maps, spares_of(memory, t), shape, (0, shape.C), block, block - 1, first, last,
+            settings.rectify,
+        )  # fmt: skip
+    else:
+        memory = of_thread(memory, t)
+        first, last = share(_blocks(shape), t, shape.threads)
+        scope = first * shape.block, min(last * shape.block, shape.C)
+        for block in range(first, last + 1):
+            summed, written = block if block < last else -1, block - 1 if block > first else -1
+            _forward_tasks(
+                maps, memory, shape, scope, summed, written, 0, _tasks(shape), settings.rectify
+            )
+            if block < last:
+                _finish_forward(maps.x, memory, shape, parameters, settings, block)
+    store_fence()
 
 
 @kernel("Forward", "Parameters", "Settings")
@@ -284,10 +328,10 @@ def forward_planes(maps, parameters, settings, memory, shape):
 def statistics_planes(maps, mean, m2, memory, shape):
     """Mean and M2 of each channel; one block holds all channels."""
     for t in prange(shape.threads):
-        first, last = share(shape.C * shape.pieces, t, shape.threads)
-        _forward_tasks(maps, spares_of(memory, t), shape, 0, -1, first, last, False)
+        first, last = share(_tasks(shape), t, shape.threads)
+        _forward_tasks(maps, spares_of(memory, t), shape, (0, shape.C), 0, -1, first, last, False)
     for c in range(shape.C):
-        _, channel_mean, channel_m2 = _merged(memory.work, shape, c)
+        _, channel_mean, channel_m2 = merged_moments(memory, shape, c)
         set_number(mean, c, channel_mean)
         set_number(m2, c, channel_m2)
 
@@ -300,145 +344,137 @@ def _side_by_side(maps):
 
 
 @primitive
-def _normalize_planes(maps, parameters, settings, memory, shape, first, last):
+def _normalize_share(maps, memory, shape, rectify, first, last):
     """Write the planes ``first`` to ``last``, counted as they lie: channels, then the batch."""
-    for plane in range(first, last):
-        n, c = plane // shape.C, plane % shape.C
-        high, scale, low = running_affine(maps.x, c, parameters, settings)
-        held = spread(high), spread(scale), spread(low)
-        streaming = shape.streaming and maps.y.ds == 1
-        # Only what has to be copied needs to be cut.
-        size = shape.S if _side_by_side(maps) else shape.tile
+    # Only what has to be copied needs to be cut.
+    size = shape.S if _side_by_side(maps) else shape.tile
+    while first < last:
+        n, c = first // shape.C, first % shape.C
+        count = min(shape.C - c, last - first) if shape.adjoining else 1
         for s in range(0, shape.S, size):
-            _normalize_tile(
-                maps, memory.slab, memory.spares, shape, n, c, 0, s, min(s + size, shape.S),
-                held, settings.rectify, streaming,
-            )  # fmt: skip
+            stop = count * shape.S if size == shape.S else min(s + size, shape.S)
+            _normalize_tile(maps, memory, shape, n, c, c, s, stop, rectify)
+        first += count
     store_fence()
 
 
 @kernel("Forward", "Parameters", "Settings")
 def normalize_planes(maps, parameters, settings, memory, shape):
     """Normalize by running statistics."""
+    for c in range(shape.C):
+        _set_constants(memory, c, running_affine(maps.x, c, parameters, settings))
     for t in prange(shape.threads):
         first, last = share(shape.N * shape.C, t, shape.threads)
-        _normalize_planes(maps, parameters, settings, spares_of(memory, t), shape, first, last)
+        _normalize_share(maps, spares_of(memory, t), shape, settings.rectify, first, last)
 
 
 @inlined
-def _product_tile(maps, slab, spares, shape, n, c, k, s, mean, sums):
+def _product_tile(maps, memory, shape, n, c, k, count, piece, s, inner):
+    """Sum a tile of `count` channels. `inner`: the planes before belong to the same thread."""
     size = min(shape.tile, shape.S - s)
-    dy, x, mask = maps.dy, maps.x, maps.mask
-    return product_run(
-        _near(dy, n, c, s, size, spares, 0), _near(x, n, c, s, size, spares, 1),
-        _ahead(dy, shape, n, c, s), _ahead(x, shape, n, c, s),
-        _kept(slab, shape, k, n, s), _kept(slab, shape, shape.block + k, n, s),
-        mask.data, n * mask.dn + c * mask.dc + s * mask.ds, mask.ds,
-        size, mean, sums,
+    dy, x, mask, spares = maps.dy, maps.x, maps.mask, memory.spares
+    ahead_dy, ahead_x = _ahead(dy, shape, n, c, s), _ahead(x, shape, n, c, s)
+    slab_dy, slab_x = _kept(memory, shape, 0, n, k), _kept(memory, shape, 1, n, k)
+    bit = n * mask.dn + c * mask.dc
+    if not missing(slab_x):
+        if s == 0 and inner:
+            keep_gated_front(
+                slab_dy, slab_x, element(dy, n, c, 0), element(x, n, c, 0),
+                mask.data, bit, mask.ds, front(element(maps.dx, n, c, 0)),
+            )  # fmt: skip
+        slab_dy, slab_x = moved(slab_dy, s), moved(slab_x, s)
+    product_planes(
+        moved(_near(dy, n, c, s, s + size, spares, 0), s), ahead_dy, dy.dc,
+        moved(_near(x, n, c, s, s + size, spares, 1), s), ahead_x, x.dc,
+        slab_dy, slab_x, shape.S, mask.data, bit + s * mask.ds, mask.dc, mask.ds,
+        count, size, partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
     )  # fmt: skip
 
 
 @inlined
-def _gradient_tile(maps, slab, spares, shape, n, c, k, s, end, held, training, streaming):
-    size = end - s
-    dx, dresidual, mask = maps.dx, maps.dresidual, maps.mask
-    dy_run, x_run = _kept(slab, shape, k, n, s), _kept(slab, shape, shape.block + k, n, s)
+def _gradient_tile(maps, memory, shape, n, c, k, start, stop, training):
+    dx, dresidual, mask, spares = maps.dx, maps.dresidual, maps.mask, memory.spares
+    dy_run, x_run = _kept(memory, shape, 0, n, k), _kept(memory, shape, 1, n, k)
     bits = nothing(mask.data)  # dy in the slab has gone through the ReLU
     if missing(x_run):
         bits = mask.data
-        dy_run = _near(maps.dy, n, c, s, size, spares, 0)
-        x_run = _near(maps.x, n, c, s, size, spares, 1)
-    dx_run = element(dx, n, c, s)
-    if dx.ds != 1:
-        dx_run = moved(spares.data, 2 * SPARE)
-    residual_run = element(dresidual, n, c, s)
-    if not missing(residual_run) and dresidual.ds != 1:
-        residual_run = moved(spares.data, 3 * SPARE)
+        dy_run = _near(maps.dy, n, c, start, stop, spares, 0)
+        x_run = _near(maps.x, n, c, start, stop, spares, 1)
+    dx_run = _target(dx, n, c, start, spares, 2)
+    residual_run = _target(dresidual, n, c, start, spares, 3)
     gradient_run(
-        dy_run, x_run, dx_run, residual_run,
-        bits, n * mask.dn + c * mask.dc + s * mask.ds, mask.ds,
-        size, held[0], held[1], held[2], held[3], held[4], training, streaming,
+        dy_run, x_run, dx_run, residual_run, bits, n * mask.dn + c * mask.dc, mask.ds,
+        start, stop, shape.S, _constants(memory, k), training, shape.streaming and dx.ds == 1,
     )  # fmt: skip
-    if dx.ds != 1:
-        scatter(dx_run, element(dx, n, c, s), dx.ds, size)
-    if not missing(residual_run) and dresidual.ds != 1:
-        scatter(residual_run, element(dresidual, n, c, s), dresidual.ds, size)
+    _put_back(dx, n, c, start, stop, dx_run)
+    _put_back(dresidual, n, c, start, stop, residual_run)
 
 
 @primitive
-def _backward_piece(maps, gradients, memory, shape, block, before, k, piece, training):
-    """Write a piece of block `before`'s channel `k`, sum that piece of `block`'s; -1 is none."""
-    x, slab, spares = maps.x, memory.slab, memory.spares
-    last, c = before * shape.block + k, block * shape.block + k
-    writes, sums = 0 <= last < shape.C and before >= 0, block >= 0 and c < shape.C
-    constants = _constants(memory.work, k)
-    held = (
-        spread(rounded(get(constants, 0), x.data)),
-        spread(rounded(get(constants, 1), x.data)),
-        spread(rounded(get(constants, 2), x.data)),
-        spread(rounded(get(constants, 3), x.data)),
-        spread(rounded(get(constants, 4), x.data)),
-    )
-    mean, zero = spread(number(gradients.mean, c) if sums else 0.0), spread(0.0)
-    found = zero, zero
-    streaming = shape.streaming and maps.dx.ds == 1
+def _backward_piece(maps, gradients, memory, shape, scope, block, before, k, piece, training):
+    """Write a piece of the group at `k` of block `before`, sum that of `block`; -1 is none."""
+    last, writes = _channels(shape, before, k)
+    c, sums = _channels(shape, block, k)
+    inner = shape.adjoining and c > scope[0]
     n, s, tiles = _start(shape, piece)
+    _start_sums(memory, sums)
+    for j in range(sums):
+        put(partial(memory, shape, k + j, piece), 0, number(gradients.mean, c + j))
     for t in range(tiles):
         if writes:
-            begin, end = _written(maps.dx, shape, n, last, s, t == 0, t == tiles - 1, streaming)
-            _gradient_tile(
-                maps, slab, spares, shape, n, last, k, begin, end, held, training, streaming
+            start, stop = _written(
+                maps.dx, shape, n, last, writes, s, t == 0, t == tiles - 1, scope
             )
+            _gradient_tile(maps, memory, shape, n, last, k, start, stop, training)
         if sums:
-            found = _product_tile(maps, slab, spares, shape, n, c, k, s, mean, found)
+            _product_tile(maps, memory, shape, n, c, k, sums, piece, s, inner)
         n, s = _next(shape, n, s)
-    if sums:
-        partial = _partial(memory.work, shape, k, piece)
-        put(partial, 0, together(found[0]))
-        put(partial, 1, together(found[1]))
+    for j in range(sums):
+        total, product = _sum_of(memory, 4 * j), _sum_of(memory, 4 * j + 1)
+        set_products(memory, shape, k + j, piece, total, product)
 
 
 @primitive
 def _finish_backward(x, gradients, memory, shape, block):
     """Save a block's gradients by weight and bias, and what writing it takes."""
+    _keep_last_constants(memory, shape)
     for k in range(min(shape.block, shape.C - block * shape.block)):
         c = block * shape.block + k
-        total, product = 0.0, 0.0
-        for piece in range(shape.pieces):
-            partial = _partial(memory.work, shape, k, piece)
-            total += get(partial, 0)
-            product += get(partial, 1)
-        count = shape.N * shape.S
-        _set_constants(memory.work, k, finish_backward(x, c, count, total, product, gradients))
+        total, product = merged_products(memory, shape, k)
+        values = finish_backward(x, c, shape.N * shape.S, total, product, gradients)
+        _set_constants(memory, k, values)
+
+
+@primitive
+def _backward_tasks(maps, gradients, training, memory, shape, scope, block, before, first, last):
+    """Take pieces of groups of two blocks."""
+    for task in range(first, last):
+        k, piece = task // shape.pieces * shape.group, task % shape.pieces
+        _backward_piece(maps, gradients, memory, shape, scope, block, before, k, piece, training)
 
 
 @primitive
 def _backward_round(maps, gradients, training, memory, shape, block, t):
     """Take a thread's share of a block and of the block before, or its own blocks one by one."""
     if shape.together:
-        tasks = shape.block * shape.pieces
-        first, last = share(tasks, t, shape.threads)
+        first, last = share(_tasks(shape), t, shape.threads)
         _backward_tasks(
-            maps, gradients, training, spares_of(memory, t), shape, block, block - 1, first, last
-        )
+            maps, gradients, training, spares_of(memory, t), shape, (0, shape.C), block, block - 1,
+            first, last,
+        )  # fmt: skip
     else:
         memory = of_thread(memory, t)
         first, last = share(_blocks(shape), t, shape.threads)
+        scope = first * shape.block, min(last * shape.block, shape.C)
         for block in range(first, last + 1):
             summed, written = block if block < last else -1, block - 1 if block > first else -1
-            tasks = shape.block * shape.pieces
-            _backward_tasks(maps, gradients, training, memory, shape, summed, written, 0, tasks)
+            _backward_tasks(
+                maps, gradients, training, memory, shape, scope, summed, written,
+                0, _tasks(shape),
+            )  # fmt: skip
             if block < last:
                 _finish_backward(maps.x, gradients, memory, shape, block)
     store_fence()
-
-
-@primitive
-def _backward_tasks(maps, gradients, training, memory, shape, block, before, first, last):
-    """Take pieces of channels of two blocks."""
-    for task in range(first, last):
-        k, piece = task // shape.pieces, task % shape.pieces
-        _backward_piece(maps, gradients, memory, shape, block, before, k, piece, training)
 
 
 @kernel("Backward", "Gradients", "Flag")

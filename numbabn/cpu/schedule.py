@@ -18,6 +18,7 @@ from . import planes, rows
 from .arguments import Memory, Shape
 from .compilation import threads_for
 from .intrinsics import LANES, LINE
+from .vector import COLUMNS, CONSTANTS, PARTIAL, SUMS
 
 # numba compiles no 16-bit floats: kernels take the integers that hold their bits.
 _STORED = {
@@ -27,9 +28,7 @@ _STORED = {
     np.dtype(ml_dtypes.bfloat16): "int16",
 }
 _SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
-_SUMMED = {"statistics": 1, "normalize": 0, "forward": 1, "backward": 2}
-STREAM_BYTES = 1 << 20  # results larger than this go past the caches
-JOINED = 512  # columns, at least, of the rows without a gap between them that are taken as one
+_SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
 POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call
 
 
@@ -61,60 +60,70 @@ class _Cut(NamedTuple):
     slab: int
     spares: int
     sums: int
-    work: int
+    constants: int
+    partials: int
 
 
-def _cut_planes(operation: str, N: int, C: int, S: int, itemsize: int, threads: int) -> _Cut:
+def _cut_planes(
+    operation: str, N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int
+) -> _Cut:
     summed = _SUMMED[operation]
     channel = N * S * itemsize * summed
-    x_bytes = N * C * S * itemsize
     fits = cache_bytes(3) // 2
+    streaming = N * C * S * itemsize > cache_bytes(3) // 4
+    adjoining = adjoining and S >= LANES
     # A thread's own channels must be many, or one of them has less to do than another.
     together = threads > 1 and (4 * threads > C or channel * threads > fits)
-    block = 1
-    if operation == "statistics" or (together and channel > fits):
+    group = min(-(-planes.PLANE_GROUP // S), -(-C // (4 * threads))) if adjoining else 1
+    block = group
+    if operation in ("statistics", "normalize") or (together and channel > fits):
         together, block = True, C
-    tiling = planes.tiling(N, S)
-    streaming = x_bytes > STREAM_BYTES
-    shape = Shape(N, C, S, 1, block, together, threads, streaming, 0, *tiling)
-    pieces = shape.pieces
-    slab = N * S * summed * block if block == 1 and x_bytes > STREAM_BYTES else 0
+    tile, cuts, piece, pieces = planes.tiling(N, S)
+    ahead = -(-planes.PLANE_AHEAD // (summed * tile * group)) if summed else 0
+    shape = Shape(
+        N, C, S, block, group, together, threads, streaming, adjoining, tile, cuts, piece, pieces,
+        ahead,
+    )  # fmt: skip
+    slab = -(-block // group) * N * planes.slab_row(group, S) * summed
+    if not _pays(slab * itemsize, shape):
+        slab = 0
     return _Cut(
-        shape, slab, 4 * planes.SPARE, 0, block * (planes.CONSTANTS + pieces * planes.PARTIAL)
-    )
+        shape, slab, 4 * planes.SPARE, group * SUMS,
+        (block + 1) * CONSTANTS + LANES, block * pieces * PARTIAL,
+    )  # fmt: skip
 
 
 def _cut_rows(
-    operation: str, N: int, C: int, S: int, fold: int, itemsize: int, threads: int, offset: int
+    operation: str, N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int
 ) -> _Cut:
-    summed, width, M = _SUMMED[operation], C * fold, N * S
-    x_bytes = M * width * itemsize
-    fits = cache_bytes(3) // 2
-    together, block = True, width
-    if operation == "normalize":
-        block = width * -(-JOINED // width)
-    elif operation != "statistics":
-        # Whole channels, and whole tiles if that is possible.
-        unit = fold * max(1, rows.COLUMNS // fold)
-        wanted = max(1, cache_bytes(2) // 2 // (M * unit * itemsize * summed)) * unit
-        most = -(-width // (2 * threads)) // unit * unit
-        if threads == 1:
-            together, block = False, min(width, max(wanted, unit))
-        elif most >= unit and M * unit * itemsize * summed * threads <= fits:
-            together, block = False, min(wanted, most)
-        elif M * unit * itemsize * summed <= fits:
-            block = unit
-    tiling = rows.tiling(N, S)
-    streaming = x_bytes > STREAM_BYTES
-    offset = offset if streaming and fold == 1 and block < width else 0
-    shape = Shape(N, C, S, fold, block, together, threads, streaming, offset, *tiling)
-    pieces = shape.pieces
-    fused = block < width or not together
-    slab = M * block * summed if fused and x_bytes > STREAM_BYTES else 0
-    return _Cut(
-        shape, slab, (4 + 2 * rows.ROW_TILE) * rows.SPARE, 3 * (block + LANES),
-        block * rows.CONSTANTS + LANES + pieces * (block // fold) * rows.PARTIAL,
+    streaming = N * C * S * itemsize > cache_bytes(3) // 4
+    piece, pieces = rows.tiling(N * S)
+    # Threads take pieces of whole rows, or blocks of columns where the pieces are too few.
+    blocks = -(-2 * threads // pieces) if threads > 1 else 1
+    block = -(-C // (blocks * COLUMNS)) * COLUMNS
+    ahead = -(-rows.ROW_AHEAD // (rows.ROW_TILE * min(block, C)))
+    adjoining = adjoining and C >= LANES
+    group = -(-rows.ROW_JOINED // C) if adjoining else 1
+    shape = Shape(
+        N, C, S, block, group, True, threads, streaming, adjoining,
+        rows.ROW_TILE, 0, piece, pieces, ahead,
     )  # fmt: skip
+    return _Cut(
+        shape, 0, rows.SPARES * rows.SPARE, 3 * (block + LANES),
+        CONSTANTS * (group * C + 3 * LANES), C * pieces * PARTIAL,
+    )  # fmt: skip
+
+
+def _pays(nbytes: int, shape: Shape) -> bool:
+    """Whether a slab of so many bytes pays: what L2 keeps needs none, what L3 loses neither."""
+    blocks = -(-shape.C // shape.block)
+    copies = 1 if shape.together else shape.threads
+    return (
+        shape.streaming
+        and blocks > copies
+        and cache_bytes(2) // 4 < nbytes
+        and nbytes * copies <= cache_bytes(3) // 2
+    )
 
 
 class _Pool(threading.local):
@@ -130,11 +139,13 @@ class _Pool(threading.local):
         if plan is not None:
             return plan
         shape = cut.shape
+        computed = 8 if dtype.itemsize == 8 else 4
         parts = (
             (cut.slab, dtype.itemsize, not shape.together),
             (cut.spares, dtype.itemsize, True),
             (cut.sums, 8, True),
-            (cut.work, 8, not shape.together),
+            (cut.constants, computed, not shape.together),
+            (cut.partials, 8, not shape.together),
         )
         # A line more, so that no two threads write to one.
         sizes = [(-(-size * itemsize // LINE) + 1) * LINE for size, itemsize, _ in parts]
@@ -170,33 +181,19 @@ def _aligned(nbytes: int) -> Any:
 def _cut(
     operation: str,
     kind: str,
-    sizes: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    adjoining: bool,
     itemsize: int,
     threads: int,
-    offset: int,
 ) -> _Cut:
-    N, C, S, fold = sizes
-    if kind == "planes":
-        return _cut_planes(operation, N, C, S, itemsize, threads)
-    return _cut_rows(operation, N, C, S, fold, itemsize, threads, offset)
+    cut = _cut_planes if kind == "planes" else _cut_rows
+    return cut(operation, *sizes, adjoining, itemsize, threads)
 
 
 def plan(operation: str, layout: Layout) -> Plan:
     """Cut a call's work, and find memory for it."""
     dtype = next(view for view in layout.views if view is not None).array.dtype
-    N, C, S, fold = layout.shape
-    nbytes = N * C * S * fold * dtype.itemsize
-    threads = threads_for(nbytes * _SWEEPS[operation])
-    cut = _cut(
-        operation, layout.kind, layout.shape, dtype.itemsize, threads, _offset(layout, nbytes)
-    )
+    N, C, S = layout.shape
+    threads = threads_for(N * C * S * dtype.itemsize * _SWEEPS[operation])
+    cut = _cut(operation, layout.kind, layout.shape, layout.adjoining, dtype.itemsize, threads)
     return _pool.plan(cut, dtype)
-
-
-def _offset(layout: Layout, nbytes: int) -> int:
-    """Elements from the first line of the first view to its first element."""
-    if layout.kind == "planes" or nbytes <= STREAM_BYTES:
-        return 0
-    array = layout.views[0].array  # type: ignore[union-attr]
-    line = min(LINE, LANES * array.itemsize)
-    return int(array.ctypes.data % line // array.itemsize)

@@ -14,29 +14,29 @@ from .arguments import Memory, displaced, number, set_number
 from .compilation import inlined, primitive
 from .intrinsics import (
     LANES,
-    LINE,
-    address,
+    blend,
     computed,
+    front,
     get,
-    itemsize,
     keep_first,
     keep_where,
+    line_numbers,
     load,
-    load_first,
+    load_part,
     missing,
     moved,
-    nothing,
     or_byte,
     passed,
     prefetch,
+    prefetch_line,
+    prefetch_target,
     put,
     relu,
     rounded,
     spread,
     store,
-    store_first,
+    store_part,
     stream,
-    together,
     transfer,
     transfer_first,
     wide,
@@ -108,276 +108,559 @@ def _bits(mask, bit, step, count):
 @inlined
 def lead(pointer):
     """How many numbers lie before the first address that can be streamed to."""
-    line = min(LINE, LANES * itemsize(pointer))
-    return (-address(pointer) % line) // itemsize(pointer)
-
-
-# Runs that are written.
-
-
-@inlined
-def normalize_run(x, residual, y, mask, bit, step, size, mean, scale, shift, rectify, streaming):
-    """``y = act((x - mean) * scale + shift + residual)``.
-
-    `bit` is the first element's in the mask, `step` the bits from one element to the next.
-    """
-    first = 0
-    if streaming:
-        first = min(size, lead(y))
-        _normalize_part(x, residual, y, mask, bit, step, 0, first, mean, scale, shift, rectify)
-    last = first + (size - first) // LANES * LANES
-    if not missing(mask):
-        _normalize_masked(
-            x, residual, y, mask, bit, step, first, last, mean, scale, shift, streaming
-        )
-    elif not missing(residual):
-        for i in range(first, last, LANES):
-            z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i) + load(residual, i)
-            if rectify:
-                z = relu(z)
-            if streaming:
-                stream(y, i, z)
-            else:
-                store(y, i, z)
-    elif streaming:
-        for i in range(first, last, LANES):
-            z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
-            if rectify:
-                z = relu(z)
-            stream(y, i, z)
-    else:
-        for i in range(first, last, LANES):
-            z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
-            if rectify:
-                z = relu(z)
-            store(y, i, z)
-    _normalize_part(x, residual, y, mask, bit, step, last, size - last, mean, scale, shift, rectify)
-
-
-@inlined
-def _normalize_part(x, residual, y, mask, bit, step, i, count, mean, scale, shift, rectify):
-    """`normalize_run` of fewer than sixteen numbers."""
-    if count > 0:
-        z = load_first(x, i, count) - load_first(mean, i, count)
-        z = z * load_first(scale, i, count) + load_first(shift, i, count)
-        if not missing(residual):
-            z = z + load_first(residual, i, count)
-        if rectify:
-            z = relu(z)
-        store_first(y, i, z, count)
-        if not missing(mask):
-            _or_bits(mask, bit + i * step, step, passed(z, y), count)
+    return -front(pointer) & (line_numbers(pointer) - 1)
 
 
 @primitive
-def _normalize_masked(x, residual, y, mask, bit, step, first, last, mean, scale, shift, streaming):
-    """Whole lanes of a `normalize_run` with a ReLU, whose bits are written beside.
+def _put_bits(mask, bit, step, bits, carry):
+    """Set sixteen bits of a run; give what its last byte holds so far.
 
-    Bytes inside of the run belong to it alone; what a byte still lacks is carried on.
+    Bytes inside of the run belong to it alone. -1 is given to the first sixteen.
     """
-    carry, off = 0, (bit + first) & 7
-    for i in range(first, last, LANES):
-        z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
-        if not missing(residual):
-            z = z + load(residual, i)
-        z = relu(z)
-        if streaming:
-            stream(y, i, z)
-        else:
-            store(y, i, z)
-        bits = passed(z, y)
-        if step != 1 or i == first:
-            _or_bits(mask, bit + i * step, step, bits, LANES)
-        else:
-            word = carry | (bits << off)
-            put(mask, (bit + i) >> 3, np.uint8(word & 255))
-            put(mask, ((bit + i) >> 3) + 1, np.uint8((word >> 8) & 255))
-        carry = bits >> (LANES - off)
-    if step == 1 and off and carry:
-        or_byte(mask, (bit + last) >> 3, np.uint8(carry))
+    off = bit & 7
+    if step != 1 or carry < 0:
+        _or_bits(mask, bit, step, bits, LANES)
+    else:
+        word = carry | (bits << off)
+        put(mask, bit >> 3, np.uint8(word & 255))
+        put(mask, (bit >> 3) + 1, np.uint8((word >> 8) & 255))
+    return bits >> (LANES - off)
 
 
 @inlined
-def gradient_run(
-    dy, x, dx, dresidual, mask, bit, step, size,
+def _gated(dy, i, mask, bit, step):
+    """Give sixteen numbers of dy, gone through the ReLU if there is a mask."""
+    g = load(dy, i)
+    if not missing(mask):
+        g = keep_where(g, _bits(mask, bit + i * step, step, LANES))
+    return g
+
+
+# What is written of sixteen numbers, and of fewer.
+
+
+@inlined
+def _write(y, i, lanes, streaming):
+    if streaming:
+        stream(y, i, lanes)
+    else:
+        store(y, i, lanes)
+
+
+@inlined
+def normalize_lanes(
+    x, residual, y, mask, bit, step, i, mean, scale, shift, rectify, streaming, carry
+):
+    """``y = act((x - mean) * scale + shift + residual)`` of sixteen numbers.
+
+    `bit` is number 0's in the mask, `step` the bits from one number to the next.
+    """
+    z = (load(x, i) - load(mean, i)) * load(scale, i) + load(shift, i)
+    if not missing(residual):
+        z = z + load(residual, i)
+    if rectify:
+        z = relu(z)
+    _write(y, i, z, streaming)
+    if not missing(mask):
+        carry = _put_bits(mask, bit + i * step, step, passed(z, y), carry)
+    return carry
+
+
+@inlined
+def normalize_part(x, residual, y, mask, bit, step, i, first, last, mean, scale, shift, rectify):
+    """`normalize_lanes` of lanes `first` to `last` alone."""
+    if first < last:
+        z = load_part(x, i, first, last) - load_part(mean, i, first, last)
+        z = z * load_part(scale, i, first, last) + load_part(shift, i, first, last)
+        if not missing(residual):
+            z = z + load_part(residual, i, first, last)
+        if rectify:
+            z = relu(z)
+        store_part(y, i, z, first, last)
+        if not missing(mask):
+            bits = passed(z, y) >> first
+            _or_bits(mask, bit + (i + first) * step, step, bits, last - first)
+
+
+@inlined
+def gradient_lanes(
+    dy, x, dx, dresidual, mask, bit, step, i,
     dy_mean, mean, slope, scale, shift, training, streaming,
 ):  # fmt: skip
-    """``dx = ((dy - dy_mean) - (x - mean) * slope) * scale + shift``.
+    """``dx = ((dy - dy_mean) - (x - mean) * slope) * scale + shift`` of sixteen numbers.
 
     In eval mode ``dx = dy * scale``. Where there is a mask, dy goes through the ReLU first.
     """
-    first = 0
-    if streaming:
-        first = min(size, lead(dx))
-        _gradient_part(
-            dy, x, dx, dresidual, mask, bit, step, 0, first,
-            dy_mean, mean, slope, scale, shift, training,
-        )  # fmt: skip
-    last = first + (size - first) // LANES * LANES
-    if missing(mask) and missing(dresidual) and training:
-        if streaming:
-            for i in range(first, last, LANES):
-                d = (load(dy, i) - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
-                stream(dx, i, d * load(scale, i) + load(shift, i))
-        else:
-            for i in range(first, last, LANES):
-                d = (load(dy, i) - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
-                store(dx, i, d * load(scale, i) + load(shift, i))
+    g = _gated(dy, i, mask, bit, step)
+    if not missing(dresidual):
+        store(dresidual, i, g)
+    if training:
+        d = (g - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
+        _write(dx, i, d * load(scale, i) + load(shift, i), streaming)
     else:
-        for i in range(first, last, LANES):
-            g = load(dy, i)
-            if not missing(mask):
-                g = keep_where(g, _bits(mask, bit + i * step, step, LANES))
-            if not missing(dresidual):
-                store(dresidual, i, g)
-            if training:
-                d = (g - load(dy_mean, i)) - (load(x, i) - load(mean, i)) * load(slope, i)
-                g = d * load(scale, i) + load(shift, i)
-            else:
-                g = g * load(scale, i)
-            if streaming:
-                stream(dx, i, g)
-            else:
-                store(dx, i, g)
-    _gradient_part(
-        dy, x, dx, dresidual, mask, bit, step, last, size - last,
-        dy_mean, mean, slope, scale, shift, training,
+        _write(dx, i, g * load(scale, i), streaming)
+
+
+@inlined
+def gradient_part(
+    dy, x, dx, dresidual, mask, bit, step, i, first, last,
+    dy_mean, mean, slope, scale, shift, training,
+):  # fmt: skip
+    """`gradient_lanes` of lanes `first` to `last` alone."""
+    if first < last:
+        g = load_part(dy, i, first, last)
+        if not missing(mask):
+            g = keep_where(g, _bits(mask, bit + (i + first) * step, step, last - first) << first)
+        if not missing(dresidual):
+            store_part(dresidual, i, g, first, last)
+        if training:
+            d = load_part(x, i, first, last) - load_part(mean, i, first, last)
+            d = (g - load_part(dy_mean, i, first, last)) - d * load_part(slope, i, first, last)
+            g = d * load_part(scale, i, first, last) + load_part(shift, i, first, last)
+        else:
+            g = g * load_part(scale, i, first, last)
+        store_part(dx, i, g, first, last)
+
+
+@inlined
+def _head(target, start, stop):
+    """Line in which `start` lies, and which of its lanes come before `stop`: (index, first, last).
+
+    No lanes, and where the next line begins, if the target's lines begin at `start`.
+    """
+    first = front(moved(target, start))
+    if first == 0:
+        return start - LANES, LANES, LANES
+    return start - first, first, min(LANES, first + stop - start)
+
+
+# Planes side by side, written from number `start` to `stop`, counted from the first of plane 0;
+# `start` may lie in plane -1. Planes of fewer than sixteen places are taken one by one.
+
+CONSTANTS = 5  # numbers per channel that writing takes, at most
+
+
+@inlined
+def _constants(planes, k):
+    """Give plane ``k``'s constants, each sixteen times."""
+    at = moved(planes, k * CONSTANTS)
+    return (
+        spread(get(at, 0)), spread(get(at, 1)), spread(get(at, 2)), spread(get(at, 3)),
+        spread(get(at, 4)),
     )  # fmt: skip
 
 
 @inlined
-def _gradient_part(
-    dy, x, dx, dresidual, mask, bit, step, i, count,
-    dy_mean, mean, slope, scale, shift, training,
-):  # fmt: skip
-    """`gradient_run` of fewer than sixteen numbers."""
-    if count > 0:
-        g = load_first(dy, i, count)
-        if not missing(mask):
-            g = keep_where(g, _bits(mask, bit + i * step, step, count))
-        if not missing(dresidual):
-            store_first(dresidual, i, g, count)
-        if training:
-            d = load_first(x, i, count) - load_first(mean, i, count)
-            d = (g - load_first(dy_mean, i, count)) - d * load_first(slope, i, count)
-            g = d * load_first(scale, i, count) + load_first(shift, i, count)
-        else:
-            g = g * load_first(scale, i, count)
-        store_first(dx, i, g, count)
+def _blended(a, b, count):
+    """Constants of a line whose first `count` numbers belong to one plane, the others to another."""
+    return (
+        blend(a[0], b[0], count), blend(a[1], b[1], count), blend(a[2], b[2], count),
+        blend(a[3], b[3], count), blend(a[4], b[4], count),
+    )  # fmt: skip
 
 
-# Runs of one channel that are summed. `slab` gets a copy, for the sweep that writes; `ahead` is
-# what will be read some kilobytes later.
+@primitive
+def normalize_run(x, residual, y, mask, bit, step, start, stop, S, constants, rectify, streaming):
+    """``y = act((x - mean) * scale + shift + residual)``."""
+    k = -1 if start < 0 else 0
+    end = (k + 1) * S
+    held = _constants(constants, k)
+    i, first, last = _head(y, start, stop)
+    normalize_part(
+        x, residual, y, mask, bit, step, i, first, last, held[0], held[1], held[2], rectify
+    )
+    i += LANES
+    carry = -1
+    while i + LANES <= stop:
+        last = i + (min(end, stop) - i) // LANES * LANES
+        for j in range(i, last, LANES):
+            carry = normalize_lanes(
+                x, residual, y, mask, bit, step, j, held[0], held[1], held[2], rectify, streaming,
+                carry,
+            )  # fmt: skip
+        i = last
+        if i + LANES <= stop:
+            k += 1
+            following = _constants(constants, k)
+            mixed = _blended(held, following, end - i)
+            carry = normalize_lanes(
+                x, residual, y, mask, bit, step, i, mixed[0], mixed[1], mixed[2], rectify,
+                streaming, carry,
+            )  # fmt: skip
+            held = following
+            end += S
+            i += LANES
+    if carry > 0 and step == 1:
+        or_byte(mask, (bit + i) >> 3, np.uint8(carry))
+    normalize_part(
+        x, residual, y, mask, bit, step, i, 0, stop - i, held[0], held[1], held[2], rectify
+    )
 
 
-@inlined
-def sum_run(x, ahead, slab, size, shift, sums):
-    """Add deviations and their squares to `sums`: two totals, two sums of squares."""
-    total, squares, total_b, squares_b = sums
+@primitive
+def gradient_run(
+    dy, x, dx, dresidual, mask, bit, step, start, stop, S, constants, training, streaming
+):
+    """``dx = ((dy - dy_mean) - (x - mean) * slope) * scale + shift``."""
+    k = -1 if start < 0 else 0
+    end = (k + 1) * S
+    held = _constants(constants, k)
+    i, first, last = _head(dx, start, stop)
+    gradient_part(
+        dy, x, dx, dresidual, mask, bit, step, i, first, last,
+        held[0], held[1], held[2], held[3], held[4], training,
+    )  # fmt: skip
+    i += LANES
+    while i + LANES <= stop:
+        last = i + (min(end, stop) - i) // LANES * LANES
+        for j in range(i, last, LANES):
+            gradient_lanes(
+                dy, x, dx, dresidual, mask, bit, step, j,
+                held[0], held[1], held[2], held[3], held[4], training, streaming,
+            )  # fmt: skip
+        i = last
+        if i + LANES <= stop:
+            k += 1
+            following = _constants(constants, k)
+            mixed = _blended(held, following, end - i)
+            gradient_lanes(
+                dy, x, dx, dresidual, mask, bit, step, i,
+                mixed[0], mixed[1], mixed[2], mixed[3], mixed[4], training, streaming,
+            )  # fmt: skip
+            held = following
+            end += S
+            i += LANES
+    gradient_part(
+        dy, x, dx, dresidual, mask, bit, step, i, 0, stop - i,
+        held[0], held[1], held[2], held[3], held[4], training,
+    )  # fmt: skip
+
+
+# Planes side by side that are summed, each in numbers of its own: `SUMS` of them from `sums` on,
+# and one shift or mean in `shifts`. `slab` gets a copy, for the sweep that writes; `ahead` is what
+# will be read some kilobytes later: numbers that begin within a line touch one line more.
+
+SUMS = 4 * LANES
+
+
+@primitive
+def sum_planes(x, ahead, step, slab, slab_step, count, size, shifts, shift_step, sums):
+    """Add deviations and their squares: two totals, two sums of squares."""
     pairs, whole = size // (2 * LANES) * (2 * LANES), size // LANES * LANES
-    for i in range(0, pairs, 2 * LANES):
-        prefetch(ahead, i)
-        prefetch(ahead, i + LANES)
-        d, d_b = wide(load(x, i)) - shift, wide(load(x, i + LANES)) - shift
+    for j in range(count):
+        k = spread(get(shifts, j * shift_step))
+        total, squares = load(sums, j * SUMS), load(sums, j * SUMS + LANES)
+        total_b, squares_b = load(sums, j * SUMS + 2 * LANES), load(sums, j * SUMS + 3 * LANES)
+        for i in range(0, pairs, 2 * LANES):
+            prefetch(ahead, i)
+            prefetch(ahead, i + LANES)
+            d, d_b = wide(load(x, i)) - k, wide(load(x, i + LANES)) - k
+            if not missing(slab):
+                transfer(slab, i, x, i)
+                transfer(slab, i + LANES, x, i + LANES)
+            total, squares = total + d, squares + d * d
+            total_b, squares_b = total_b + d_b, squares_b + d_b * d_b
+        if pairs < whole:
+            prefetch(ahead, pairs)
+            d = wide(load(x, pairs)) - k
+            if not missing(slab):
+                transfer(slab, pairs, x, pairs)
+            total, squares = total + d, squares + d * d
+        if whole < size:
+            d = keep_first(wide(load_part(x, whole, 0, size - whole)) - k, size - whole)
+            if not missing(slab):
+                transfer_first(slab, whole, x, whole, size - whole)
+            total_b, squares_b = total_b + d, squares_b + d * d
+        prefetch_line(ahead, size - 1)
+        store(sums, j * SUMS, total)
+        store(sums, j * SUMS + LANES, squares)
+        store(sums, j * SUMS + 2 * LANES, total_b)
+        store(sums, j * SUMS + 3 * LANES, squares_b)
+        x, ahead = moved(x, step), moved(ahead, step)
         if not missing(slab):
-            transfer(slab, i, x, i)
-            transfer(slab, i + LANES, x, i + LANES)
-        total, squares = total + d, squares + d * d
-        total_b, squares_b = total_b + d_b, squares_b + d_b * d_b
-    if pairs < whole:
-        prefetch(ahead, pairs)
-        d = wide(load(x, pairs)) - shift
-        if not missing(slab):
-            transfer(slab, pairs, x, pairs)
-        total, squares = total + d, squares + d * d
-    if whole < size:
-        prefetch(ahead, whole)
-        d = keep_first(wide(load_first(x, whole, size - whole)) - shift, size - whole)
-        if not missing(slab):
-            transfer_first(slab, whole, x, whole, size - whole)
-        total, squares = total + d, squares + d * d
-    return total, squares, total_b, squares_b
+            slab = moved(slab, slab_step)
 
 
-@inlined
-def product_run(dy, x, ahead_dy, ahead_x, slab_dy, slab_x, mask, bit, step, size, mean, sums):
-    """Add dy and dy * (x - mean) to `sums`, dy having gone through the ReLU if there is a mask."""
-    total, product = sums
+@primitive
+def product_planes(
+    dy, ahead_dy, dy_step, x, ahead_x, x_step, slab_dy, slab_x, slab_step,
+    mask, bit, bit_step, step, count, size, shifts, shift_step, sums,
+):  # fmt: skip
+    """Add dy and dy * (x - mean), dy having gone through the ReLU if there is a mask."""
     whole = size // LANES * LANES
-    for i in range(0, whole, LANES):
-        prefetch(ahead_dy, i)
-        prefetch(ahead_x, i)
-        g = load(dy, i)
-        if not missing(mask):
-            g = keep_where(g, _bits(mask, bit + i * step, step, LANES))
-        d = wide(load(x, i)) - mean
+    for j in range(count):
+        k = spread(get(shifts, j * shift_step))
+        total, product = load(sums, j * SUMS), load(sums, j * SUMS + LANES)
+        for i in range(0, whole, LANES):
+            prefetch(ahead_dy, i)
+            prefetch(ahead_x, i)
+            g = _gated(dy, i, mask, bit, step)
+            d = wide(load(x, i)) - k
+            if not missing(slab_x):
+                store(slab_dy, i, g)
+                transfer(slab_x, i, x, i)
+            total, product = total + wide(g), product + wide(g) * d
+        if whole < size:
+            g = load_part(dy, whole, 0, size - whole)
+            if not missing(mask):
+                g = keep_where(g, _bits(mask, bit + whole * step, step, size - whole))
+            d = keep_first(wide(load_part(x, whole, 0, size - whole)) - k, size - whole)
+            if not missing(slab_x):
+                store_part(slab_dy, whole, g, 0, size - whole)
+                transfer_first(slab_x, whole, x, whole, size - whole)
+            total, product = total + wide(g), product + wide(g) * d
+        prefetch_line(ahead_dy, size - 1)
+        prefetch_line(ahead_x, size - 1)
+        store(sums, j * SUMS, total)
+        store(sums, j * SUMS + LANES, product)
+        dy, ahead_dy, bit = moved(dy, dy_step), moved(ahead_dy, dy_step), bit + bit_step
+        x, ahead_x = moved(x, x_step), moved(ahead_x, x_step)
         if not missing(slab_x):
-            store(slab_dy, i, g)
-            transfer(slab_x, i, x, i)
-        total, product = total + wide(g), product + wide(g) * d
-    if whole < size:
-        count = size - whole
-        g = load_first(dy, whole, count)
-        if not missing(mask):
-            g = keep_where(g, _bits(mask, bit + whole * step, step, count))
-        d = keep_first(wide(load_first(x, whole, count)) - mean, count)
-        if not missing(slab_x):
-            store_first(slab_dy, whole, g, count)
-            transfer_first(slab_x, whole, x, whole, count)
-        total, product = total + wide(g), product + wide(g) * d
-    return total, product
-
-
-# Columns: some rows of sixteen columns, each of which has sums of its own. The step goes from one
-# row to the next.
+            slab_dy, slab_x = moved(slab_dy, slab_step), moved(slab_x, slab_step)
 
 
 @inlined
-def sum_columns(x, step, ahead, ahead_step, slab, slab_step, rows, count, shift, total, squares):
-    """Add deviations and their squares to the sums of the first `count` columns."""
+def keep_front(slab, x, count):
+    """Copy the `count` numbers before x, which share the line of a target's first number."""
+    if count > 0:
+        transfer_first(slab, -count, x, -count, count)
+
+
+@primitive
+def keep_gated_front(slab_dy, slab_x, dy, x, mask, bit, step, count):
+    """`keep_front` of dy through the ReLU, and of x."""
+    if count > 0:
+        g = load_part(dy, -count, 0, count)
+        if not missing(mask):
+            g = keep_where(g, _bits(mask, bit - count * step, step, count))
+        store_part(slab_dy, -count, g, 0, count)
+        transfer_first(slab_x, -count, x, -count, count)
+
+
+# Rows of columns, each of which has sums and constants of its own. Steps go from row to row.
+
+COLUMNS = 64  # of one channel each, whose sums registers can hold
+
+
+@primitive
+def sum_columns(x, step, ahead, ahead_step, rows, shift, total, squares):
+    """Add deviations and their squares to the sums of `COLUMNS` columns."""
+    k, k_b = load(shift, 0), load(shift, LANES)
+    k_c, k_d = load(shift, 2 * LANES), load(shift, 3 * LANES)
+    t, t_b = load(total, 0), load(total, LANES)
+    t_c, t_d = load(total, 2 * LANES), load(total, 3 * LANES)
+    q, q_b = load(squares, 0), load(squares, LANES)
+    q_c, q_d = load(squares, 2 * LANES), load(squares, 3 * LANES)
+    for r in range(rows):
+        row = moved(x, r * step)
+        for i in range(0, COLUMNS, LANES):
+            prefetch(moved(ahead, r * ahead_step), i)
+        prefetch_line(ahead, r * ahead_step + COLUMNS - 1)
+        d, d_b = wide(load(row, 0)) - k, wide(load(row, LANES)) - k_b
+        d_c, d_d = wide(load(row, 2 * LANES)) - k_c, wide(load(row, 3 * LANES)) - k_d
+        t, t_b, t_c, t_d = t + d, t_b + d_b, t_c + d_c, t_d + d_d
+        q, q_b, q_c, q_d = q + d * d, q_b + d_b * d_b, q_c + d_c * d_c, q_d + d_d * d_d
+    store(total, 0, t)
+    store(total, LANES, t_b)
+    store(total, 2 * LANES, t_c)
+    store(total, 3 * LANES, t_d)
+    store(squares, 0, q)
+    store(squares, LANES, q_b)
+    store(squares, 2 * LANES, q_c)
+    store(squares, 3 * LANES, q_d)
+
+
+@primitive
+def sum_few_columns(x, step, ahead, ahead_step, rows, count, shift, total, squares):
+    """`sum_columns` of sixteen columns or fewer."""
     k, t, q = load(shift, 0), load(total, 0), load(squares, 0)
     for r in range(rows):
-        prefetch(ahead, r * ahead_step)
-        if count == LANES:
-            d = wide(load(x, r * step)) - k
-            if not missing(slab):
-                transfer(slab, r * slab_step, x, r * step)
-        else:
-            d = keep_first(wide(load_first(x, r * step, count)) - k, count)
-            if not missing(slab):
-                transfer_first(slab, r * slab_step, x, r * step, count)
+        prefetch_line(ahead, r * ahead_step)
+        d = keep_first(wide(load_part(x, r * step, 0, count)) - k, count)
         t, q = t + d, q + d * d
     store(total, 0, t)
     store(squares, 0, q)
 
 
-@inlined
+@primitive
 def product_columns(
     dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
-    slab_dy, slab_x, slab_step, mask, bit, bit_row, step, rows, count, mean, total, product,
+    mask, bit, bit_row, step, rows, mean, total, product,
 ):  # fmt: skip
-    """Add dy and dy * (x - mean) to the sums of the first `count` columns."""
+    """Add dy and dy * (x - mean) to the sums of `COLUMNS` columns."""
+    k, k_b = load(mean, 0), load(mean, LANES)
+    k_c, k_d = load(mean, 2 * LANES), load(mean, 3 * LANES)
+    t, t_b = load(total, 0), load(total, LANES)
+    t_c, t_d = load(total, 2 * LANES), load(total, 3 * LANES)
+    p, p_b = load(product, 0), load(product, LANES)
+    p_c, p_d = load(product, 2 * LANES), load(product, 3 * LANES)
+    for r in range(rows):
+        row, row_dy, at = moved(x, r * x_step), moved(dy, r * dy_step), bit + r * bit_row
+        for i in range(0, COLUMNS, LANES):
+            prefetch(moved(ahead_dy, r * ahead_dy_step), i)
+            prefetch(moved(ahead_x, r * ahead_x_step), i)
+        prefetch_line(ahead_dy, r * ahead_dy_step + COLUMNS - 1)
+        prefetch_line(ahead_x, r * ahead_x_step + COLUMNS - 1)
+        g = _gated(row_dy, 0, mask, at, step)
+        g_b = _gated(row_dy, LANES, mask, at, step)
+        g_c = _gated(row_dy, 2 * LANES, mask, at, step)
+        g_d = _gated(row_dy, 3 * LANES, mask, at, step)
+        t, t_b, t_c, t_d = t + wide(g), t_b + wide(g_b), t_c + wide(g_c), t_d + wide(g_d)
+        p = p + wide(g) * (wide(load(row, 0)) - k)
+        p_b = p_b + wide(g_b) * (wide(load(row, LANES)) - k_b)
+        p_c = p_c + wide(g_c) * (wide(load(row, 2 * LANES)) - k_c)
+        p_d = p_d + wide(g_d) * (wide(load(row, 3 * LANES)) - k_d)
+    store(total, 0, t)
+    store(total, LANES, t_b)
+    store(total, 2 * LANES, t_c)
+    store(total, 3 * LANES, t_d)
+    store(product, 0, p)
+    store(product, LANES, p_b)
+    store(product, 2 * LANES, p_c)
+    store(product, 3 * LANES, p_d)
+
+
+@primitive
+def product_few_columns(
+    dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
+    mask, bit, bit_row, step, rows, count, mean, total, product,
+):  # fmt: skip
+    """`product_columns` of sixteen columns or fewer."""
     k, t, p = load(mean, 0), load(total, 0), load(product, 0)
     for r in range(rows):
-        prefetch(ahead_dy, r * ahead_dy_step)
-        prefetch(ahead_x, r * ahead_x_step)
-        if count == LANES:
-            g, d = load(dy, r * dy_step), wide(load(x, r * x_step)) - k
-        else:
-            g = load_first(dy, r * dy_step, count)
-            d = keep_first(wide(load_first(x, r * x_step, count)) - k, count)
+        prefetch_line(ahead_dy, r * ahead_dy_step)
+        prefetch_line(ahead_x, r * ahead_x_step)
+        g = load_part(dy, r * dy_step, 0, count)
         if not missing(mask):
             g = keep_where(g, _bits(mask, bit + r * bit_row, step, count))
-        if not missing(slab_x):
-            if count == LANES:
-                store(slab_dy, r * slab_step, g)
-                transfer(slab_x, r * slab_step, x, r * x_step)
-            else:
-                store_first(slab_dy, r * slab_step, g, count)
-                transfer_first(slab_x, r * slab_step, x, r * x_step, count)
+        d = keep_first(wide(load_part(x, r * x_step, 0, count)) - k, count)
         t, p = t + wide(g), p + wide(g) * d
     store(total, 0, t)
     store(product, 0, p)
+
+
+TARGET_AHEAD = 16  # rows from what is written to a broken line that is fetched
+
+
+@primitive
+def normalize_block(
+    x, x_step, residual, residual_step, y, y_step, mask, bit, bit_row, step,
+    rows, width, fronts, tails, mean, scale, shift, rectify, streaming,
+):  # fmt: skip
+    """``y = act((x - mean) * scale + shift + residual)``.
+
+    Rows from `fronts` on begin with the line in which their first column lies; the first `tails`
+    rows leave the line in which they end to what follows. Lines that are written in part are
+    fetched in time: stores behind them would wait.
+    """
+    for r in range(rows):
+        row, to, at = moved(x, r * x_step), moved(y, r * y_step), bit + r * bit_row
+        plus = residual if missing(residual) else moved(residual, r * residual_step)
+        i, stop, carry = -front(to), width, -1
+        if r < tails:
+            stop -= front(moved(to, width))
+        else:
+            prefetch_target(moved(to, TARGET_AHEAD * y_step), width)
+        if r < fronts and i < 0:
+            prefetch_target(moved(to, TARGET_AHEAD * y_step), 0)
+            normalize_part(
+                row, plus, to, mask, at, step, i, -i, min(LANES, stop - i),
+                mean, scale, shift, rectify,
+            )  # fmt: skip
+            i += LANES
+        while i + LANES <= stop:
+            carry = normalize_lanes(
+                row, plus, to, mask, at, step, i, mean, scale, shift, rectify, streaming, carry
+            )
+            i += LANES
+        if carry > 0 and step == 1:
+            or_byte(mask, (at + i) >> 3, np.uint8(carry))
+        normalize_part(row, plus, to, mask, at, step, i, 0, stop - i, mean, scale, shift, rectify)
+
+
+@primitive
+def gradient_block(
+    dy, dy_step, x, x_step, dx, dx_step, dresidual, dresidual_step, mask, bit, bit_row, step,
+    rows, width, fronts, tails, dy_mean, mean, slope, scale, shift, training, streaming,
+):  # fmt: skip
+    """``dx = ((dy - dy_mean) - (x - mean) * slope) * scale + shift``, as `normalize_block`."""
+    for r in range(rows):
+        row_dy, row, to, at = (
+            moved(dy, r * dy_step), moved(x, r * x_step), moved(dx, r * dx_step), bit + r * bit_row
+        )  # fmt: skip
+        passed_on = dresidual if missing(dresidual) else moved(dresidual, r * dresidual_step)
+        i, stop = -front(to), width
+        if r < tails:
+            stop -= front(moved(to, width))
+        else:
+            prefetch_target(moved(to, TARGET_AHEAD * dx_step), width)
+        if r < fronts and i < 0:
+            prefetch_target(moved(to, TARGET_AHEAD * dx_step), 0)
+            gradient_part(
+                row_dy, row, to, passed_on, mask, at, step, i, -i, min(LANES, stop - i),
+                dy_mean, mean, slope, scale, shift, training,
+            )  # fmt: skip
+            i += LANES
+        while i + LANES <= stop:
+            gradient_lanes(
+                row_dy, row, to, passed_on, mask, at, step, i,
+                dy_mean, mean, slope, scale, shift, training, streaming,
+            )  # fmt: skip
+            i += LANES
+        gradient_part(
+            row_dy, row, to, passed_on, mask, at, step, i, 0, stop - i,
+            dy_mean, mean, slope, scale, shift, training,
+        )  # fmt: skip
+
+
+# Channels that are summed: partial results, and what writing takes of them.
+
+PARTIAL = 3  # numbers that are left of a piece of a channel: count, mean and M2, or two sums
+
+
+@inlined
+def partial(memory, shape, k, piece):
+    """Where the sums of a piece of the block's channel ``k`` are kept."""
+    return moved(memory.partials.data, (k * shape.pieces + piece) * PARTIAL)
+
+
+@inlined
+def set_moments(memory, shape, k, piece, count, mean, m2):
+    """Keep a piece's moments."""
+    at = partial(memory, shape, k, piece)
+    put(at, 0, np.float64(count))
+    put(at, 1, mean)
+    put(at, 2, m2)
+
+
+@inlined
+def set_products(memory, shape, k, piece, total, product):
+    """Keep a piece's sums of dy, and of dy * (x - mean)."""
+    at = partial(memory, shape, k, piece)
+    put(at, 0, total)
+    put(at, 1, product)
+
+
+@primitive
+def merged_moments(memory, shape, k):
+    """Count, mean and M2 of a channel."""
+    at = partial(memory, shape, k, 0)
+    count, mean, m2 = get(at, 0), get(at, 1), get(at, 2)
+    for piece in range(1, shape.pieces):
+        at = partial(memory, shape, k, piece)
+        count, mean, m2 = merge(count, mean, m2, get(at, 0), get(at, 1), get(at, 2))
+    return count, mean, m2
+
+
+@primitive
+def merged_products(memory, shape, k):
+    """Sums of dy, and of dy * (x - mean), of a channel."""
+    total, product = 0.0, 0.0
+    for piece in range(shape.pieces):
+        at = partial(memory, shape, k, piece)
+        total += get(at, 0)
+        product += get(at, 1)
+    return total, product
 
 
 @primitive
@@ -411,66 +694,6 @@ def finish_backward(x, c, count, total, product, gradients):
     return gradient_affine(x.data, mean, invstd, weight, total / count, product / count)
 
 
-@primitive
-def sum_of(numbers, at, count):
-    """Sum of `count` numbers from `at` on."""
-    total = spread(0.0)
-    whole = count // LANES * LANES
-    for i in range(0, whole, LANES):
-        total = total + load(numbers, at + i)
-    return together(total + load_first(numbers, at + whole, count - whole))
-
-
-@inlined
-def normalize_columns(
-    x, x_step, residual, residual_step, y, y_step, mask, rows, count,
-    mean, scale, shift, rectify, streaming,
-):  # fmt: skip
-    """`normalize_run` of some rows of the first `count` columns, without a mask."""
-    if count < LANES:
-        for r in range(rows):
-            row = missing(residual)
-            _normalize_part(
-                moved(x, r * x_step), residual if row else moved(residual, r * residual_step),
-                moved(y, r * y_step), nothing(mask), 0, 1, 0, count, mean, scale, shift, rectify,
-            )  # fmt: skip
-        return
-    m, a, b = load(mean, 0), load(scale, 0), load(shift, 0)
-    for r in range(rows):
-        z = (load(x, r * x_step) - m) * a + b
-        if not missing(residual):
-            z = z + load(residual, r * residual_step)
-        if rectify:
-            z = relu(z)
-        if streaming:
-            stream(y, r * y_step, z)
-        else:
-            store(y, r * y_step, z)
-
-
-@inlined
-def gradient_columns(
-    dy, dy_step, x, x_step, dx, dx_step, mask, rows, count,
-    dy_mean, mean, slope, scale, shift, streaming,
-):  # fmt: skip
-    """`gradient_run` of some rows of the first `count` columns, in training, without a mask."""
-    if count < LANES:
-        for r in range(rows):
-            _gradient_part(
-                moved(dy, r * dy_step), moved(x, r * x_step), moved(dx, r * dx_step), nothing(dx),
-                nothing(mask), 0, 1, 0, count, dy_mean, mean, slope, scale, shift, True,
-            )  # fmt: skip
-        return
-    dy_m, m, k = load(dy_mean, 0), load(mean, 0), load(slope, 0)
-    a, b = load(scale, 0), load(shift, 0)
-    for r in range(rows):
-        d = (load(dy, r * dy_step) - dy_m) - (load(x, r * x_step) - m) * k
-        if streaming:
-            stream(dx, r * dx_step, d * a + b)
-        else:
-            store(dx, r * dx_step, d * a + b)
-
-
 # Where things lie, and whose they are.
 
 
@@ -491,7 +714,10 @@ def share(tasks, t, threads):
 @primitive
 def spares_of(memory, t):
     """Memory of one block, with the spare tiles and the sums of one thread."""
-    return Memory(memory.slab, displaced(memory.spares, t), displaced(memory.sums, t), memory.work)
+    return Memory(
+        memory.slab, displaced(memory.spares, t), displaced(memory.sums, t),
+        memory.constants, memory.partials,
+    )  # fmt: skip
 
 
 @primitive
@@ -501,7 +727,8 @@ def of_thread(memory, t):
         displaced(memory.slab, t),
         displaced(memory.spares, t),
         displaced(memory.sums, t),
-        displaced(memory.work, t),
+        displaced(memory.constants, t),
+        displaced(memory.partials, t),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import numbabn
 from numbabn import cpu
-from numbabn.cpu import compilation, planes, schedule
+from numbabn.cpu import compilation, planes, schedule, vector
 
 
 def run(code, **environment):
@@ -237,6 +237,42 @@ def test_without_a_folder_to_write_to_kernels_still_run():
     assert output.split() == ["-1.0", "1.0", "None"]
 
 
+def planes_cut(made, summed, block, group, together, threads, kept):
+    """Another plan for planes, with the memory that it needs."""
+    shape = made.shape._replace(block=block, group=group, together=together, threads=threads)
+    slab = -(-block // group) * shape.N * planes.slab_row(group, shape.S) * summed
+    return made._replace(
+        shape=shape,
+        slab=slab if kept else 0,
+        sums=group * vector.SUMS,
+        constants=(block + 1) * vector.CONSTANTS + 16,
+        partials=block * shape.pieces * vector.PARTIAL,
+    )
+
+
+def rows_cut(made, summed, block, tile, threads):
+    """Another plan for rows."""
+    shape = made.shape._replace(block=block, tile=tile, threads=threads)
+    return made._replace(shape=shape, sums=3 * (block + 16))
+
+
+PLANS = {
+    "long planes": ((20, 9, 4355), planes_cut, [
+        (1, 1, False, 1, True), (1, 1, False, 2, True), (1, 1, True, 2, True),
+        (2, 1, True, 3, False), (9, 1, True, 2, False), (4, 1, False, 2, True),
+        (3, 1, True, 2, True),
+    ]),
+    "short planes": ((300, 19, 71), planes_cut, [
+        (1, 1, False, 1, True), (4, 4, False, 1, True), (4, 4, False, 2, False),
+        (8, 4, True, 3, True), (19, 5, True, 2, False), (3, 3, True, 2, True),
+    ]),
+    "rows": ((4099, 150), rows_cut, [
+        (150, 16, 1), (64, 16, 1), (64, 8, 3), (192, 1, 2), (128, 16, 2),
+    ]),
+    "short rows": ((4099, 21), rows_cut, [(21, 16, 1), (64, 5, 2), (21, 16, 3)]),
+}  # fmt: skip
+
+
 def test_without_the_compiler_a_call_says_so():
     output = run(
         """
@@ -258,40 +294,74 @@ def test_without_the_compiler_a_call_says_so():
     assert lines[-1] == "1 0"
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("planes", (20, 9, 4355)), ("rows", (4099, 150))])
+@pytest.mark.parametrize(("size", "changed", "plans"), PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_a_plan_changes_no_bit(kind, shape, operation, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_plan_changes_no_bit(size, changed, plans, operation, streaming, monkeypatch):
     """Whatever is summed before it is written, by however many threads, with or without a slab."""
     random = np.random.default_rng(0)
-    x, dy, residual = (random.standard_normal(shape, dtype=np.float32) for _ in range(3))
-    mean, invstd = np.zeros(shape[1]), np.ones(shape[1])
+    x, dy, residual = (random.standard_normal(size, dtype=np.float32) for _ in range(3))
+    mean, invstd = np.zeros(size[1]), np.ones(size[1])
+    _, _, _, mask = numbabn.batch_norm_forward(x, activation="relu")
     cut = schedule._cut.__wrapped__
     found = set()
-    for block, together, threads, kept in [
-        (1, False, 1, True), (1, False, 2, True), (1, True, 2, True), (2, True, 3, False),
-        (9, True, 2, False), (4, False, 2, True),
-    ]:  # fmt: skip
+    for plan in plans:
+        for place in (0, 5):  # where the result begins within a line
 
-        def changed(*arguments, block=block, together=together, threads=threads, kept=kept):
-            made = cut(*arguments)
-            if kind == "rows":
-                block *= 16
-            summed = 1 if operation == "forward" else 2
-            N, S = made.shape.N, made.shape.S
-            return made._replace(
-                shape=made.shape._replace(
-                    block=block, together=together, threads=threads, offset=0
-                ),
-                slab=N * S * block * summed if kept else 0,
-                sums=3 * (block + 16),
-                work=block * (5 + 3 * made.shape.pieces) + 16,
-            )
+            def other(*arguments, plan=plan):
+                made = cut(*arguments)
+                made = made._replace(shape=made.shape._replace(streaming=streaming))
+                return changed(made, 1 if operation == "forward" else 2, *plan)
 
-        monkeypatch.setattr(schedule, "_cut", changed)
-        if operation == "forward":
-            y, *rest, mask = numbabn.batch_norm_forward(x, residual=residual, activation="relu")
-            results = y, *rest, mask
-        else:
-            results = numbabn.batch_norm_backward(dy, x, None, mean, invstd)[:3]
-        found.add(b"".join(result.tobytes() for result in results))
+            monkeypatch.setattr(schedule, "_cut", other)
+            out = np.full(x.size + 32, np.nan, np.float32)
+            out = out[place : place + x.size].reshape(size)
+            if operation == "forward":
+                results = numbabn.batch_norm_forward(
+                    x, residual=residual, activation="relu", out=out
+                )
+            else:
+                results = numbabn.batch_norm_backward(
+                    dy, x, None, mean, invstd, mask=mask, with_residual=True, out=out
+                )
+            found.add(b"".join(result.tobytes() for result in results))
+            in_place = x.copy() if operation == "forward" else dy.copy()
+            if operation == "forward":
+                again = numbabn.batch_norm_forward(
+                    in_place, residual=residual, activation="relu", out=in_place
+                )
+            else:
+                again = numbabn.batch_norm_backward(
+                    in_place, x, None, mean, invstd, mask=mask, with_residual=True, out=in_place
+                )
+            found.add(b"".join(result.tobytes() for result in again))
     assert len(found) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ru_maxrss is POSIX's")
+@pytest.mark.parametrize("size", [(16, 1, 1 << 20), (2, 8, 1 << 20), (1 << 18, 64), (4096, 4096)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_into_given_results_takes_no_memory_to_speak_of(size, threads):
+    output = run(
+        f"""
+    import resource
+    import numba, numpy as np
+    import numbabn
+
+    numba.set_num_threads({threads})
+    x = np.ones({size}, np.float32)
+    x[:, 0] = 2
+    y, dx = np.full_like(x, 3), np.full_like(x, 3)
+    small = np.ones((300, 300), np.float32)
+    for a in (small, np.ones((4, 40, 300), np.float32)):  # compile
+        _, mean, invstd, _ = numbabn.batch_norm_forward(a)
+        numbabn.batch_norm_backward(a, a, None, mean, invstd)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, mean, invstd, _ = numbabn.batch_norm_forward(x, out=y)
+    numbabn.batch_norm_backward(y, x, None, mean, invstd, out=dx)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """,
+        NUMBA_NUM_THREADS="2",
+    )
+    # x has 64 MiB; a slab at most half of the last cache, 16 MiB.
+    assert int(output) < 24 << 10

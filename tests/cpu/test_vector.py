@@ -12,7 +12,7 @@ from numba import types
 from numbabn import reference
 from numbabn.cpu import compilation, vector
 from numbabn.cpu.arguments import Strided
-from numbabn.cpu.intrinsics import computed, nothing, spread, together
+from numbabn.cpu.intrinsics import nothing, put, spread, store
 from numbabn.layout import View
 
 LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000]
@@ -29,34 +29,35 @@ def view(array):
     return View(array, 0, 0, 1)
 
 
-def sums(x, shift, size):
-    zero = spread(0.0)
-    data = x.data
-    found = vector.sum_run(data, data, nothing(data), size, spread(shift), (zero, zero, zero, zero))
-    return together(found[0] + found[2]), together(found[1] + found[3])
+def sums(x, found, shift, size):
+    data, total = x.data, found.data
+    for k in range(4):
+        store(total, 16 * k, spread(0.0))
+    put(total, 64, shift)
+    vector.sum_planes(data, data, 0, nothing(data), 0, 1, size, vector.moved(total, 64), 0, total)
 
 
-def normalize(x, y, mask, bit, step, size, streaming):
+def normalize(x, constants, y, mask, bit, step, size, streaming):
     data = x.data
-    zero, one = spread(computed(data, 0)), spread(computed(data, 1))
     vector.normalize_run(
-        moved_twice(data), nothing(data), y.data, mask.data, bit, step, size,
-        zero, one, zero, True, streaming,
+        vector.moved(data, 2), nothing(data), y.data, mask.data, bit, step, 0, size, size,
+        constants.data, True, streaming,
     )  # fmt: skip
 
 
-@numba.njit
-def moved_twice(data):
-    return vector.moved(data, 2)
-
-
-def gate(dy, x, dx, mask, bit, step, size, streaming):
+def gate(dy, x, constants, dx, mask, bit, step, size, streaming):
     data = x.data
-    zero, one = spread(computed(data, 0)), spread(computed(data, 1))
     vector.gradient_run(
-        dy.data, data, dx.data, nothing(data), mask.data, bit, step, size,
-        zero, zero, zero, one, zero, True, streaming,
+        dy.data, data, dx.data, nothing(data), mask.data, bit, step, 0, size, size,
+        constants.data, False, streaming,
     )  # fmt: skip
+
+
+def identity(dtype, scale):
+    """Constants of a plane that change nothing: every number 0 but the scale."""
+    constants = np.zeros(5, np.float64 if dtype == np.float64 else np.float32)
+    constants[scale] = 1
+    return view(constants)
 
 
 def compiled(function, *kinds):
@@ -65,10 +66,10 @@ def compiled(function, *kinds):
     return dispatcher
 
 
-def call(function, dtype, *arguments):
+def call(function, *arguments):
     kinds = tuple(
         {View: None, float: types.float64, int: types.intp, bool: types.boolean}[type(a)]
-        or Strided(types.uint8 if a.array.dtype == np.uint8 else STORED[np.dtype(dtype)])
+        or Strided(STORED.get(a.array.dtype, types.uint8))
         for a in arguments
     )
     key = function, kinds
@@ -84,10 +85,12 @@ call.cache = {}
 @all_dtypes
 def test_sums(n, dtype):
     x = cases.normal(n, dtype, offset=100)
-    total, squares = call(sums, dtype, view(x), 100.0, n)
+    found = np.zeros(65)
+    call(sums, view(x), view(found), 100.0, n)
+    parts = found[:64].reshape(2, 2, 16).sum((0, 2))
     deviations = x.astype(np.float64) - 100
-    np.testing.assert_allclose(total, deviations.sum(), rtol=1e-13, atol=1e-13)
-    np.testing.assert_allclose(squares, (deviations**2).sum(), rtol=1e-14)
+    np.testing.assert_allclose(parts[0], deviations.sum(), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(parts[1], (deviations**2).sum(), rtol=1e-14)
 
 
 def test_merge_is_the_moments_of_both():
@@ -115,7 +118,7 @@ def test_mask_round_trip(n, bit, step, streaming, dtype):
     x[0], x[1] = 0, 1
     y = np.full(n, 3, dtype)
     mask = np.zeros((bit + n * step) // 8 + 1, np.uint8)
-    call(normalize, dtype, view(x), view(y), view(mask), bit, step, n, streaming)
+    call(normalize, view(x), identity(dtype, 1), view(y), view(mask), bit, step, n, streaming)
     wide = x[2:].astype(np.float64)  # NumPy knows no NaN of bfloat16
     stopped = wide <= 0
     np.testing.assert_array_equal(y.astype(np.float64), np.where(stopped, 0, wide))
@@ -125,7 +128,8 @@ def test_mask_round_trip(n, bit, step, streaming, dtype):
 
     dy, dx = cases.normal(n, dtype, seed=1), np.full(n, 3, dtype)
     x[2 + n // 2] = 2  # what passed where y is not a number, here as a number
-    call(gate, dtype, view(dy), view(x), view(dx), view(mask), bit, step, n, streaming)
+    arrays = view(dy), view(x), identity(dtype, 3), view(dx), view(mask)
+    call(gate, *arrays, bit, step, n, streaming)
     np.testing.assert_array_equal(dx, np.where(stopped, np.zeros_like(dy), dy))
 
 
@@ -134,7 +138,8 @@ def test_packing_leaves_the_neighbours_bits():
     x[0] = 0
     mask = np.full(4, 0b10000001, np.uint8)
     before = np.unpackbits(mask, bitorder="little")
-    call(normalize, np.float32, view(x), view(y), view(mask), 3, 1, 20, False)
+    constants = identity(np.float32, 1)
+    call(normalize, view(x), constants, view(y), view(mask), 3, 1, 20, False)
     after = np.unpackbits(mask, bitorder="little")
     assert after[3:23].all()
     np.testing.assert_array_equal(np.delete(after, np.s_[3:23]), np.delete(before, np.s_[3:23]))
@@ -159,9 +164,12 @@ def assembly(function, *kinds):
 @all_dtypes
 def test_arithmetic_is_packed(dtype):
     strided, bits = Strided(STORED[dtype]), Strided(types.uint8)
-    written = assembly(normalize, strided, strided, bits, *(types.intp,) * 3, types.boolean)
+    constants = Strided(types.float64 if dtype == np.float64 else types.float32)
+    sizes = *(types.intp,) * 3, types.boolean
+    written = assembly(normalize, strided, constants, strided, bits, *sizes)
     assert PACKED["float64" if dtype == np.float64 else "float32"].search(written)
-    assert PACKED["float64"].search(assembly(sums, strided, types.float64, types.intp))
+    wide = Strided(types.float64)
+    assert PACKED["float64"].search(assembly(sums, strided, wide, types.float64, types.intp))
 
 
 def test_the_check_of_packed_arithmetic_can_fail():
