@@ -7,7 +7,8 @@ kinds and dtypes.
 import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,38 @@ import numpy as np
 WIDE = (np.dtype(np.float32), np.dtype(np.float64))
 NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOATS = (*NARROW, *WIDE)
+
+
+REMEMBERED = 1024  # calls of each kind
+
+
+def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Skip what has passed before for arrays of the same shapes, strides and dtypes.
+
+    For checks that look at no more of an array. All arguments go by position.
+    """
+    passed: dict[Any, Any] = {}
+
+    @wraps(check)
+    def run(*arguments: Any) -> Any:
+        key = tuple(
+            [
+                (a.shape, a.strides, a.dtype) if type(a) is np.ndarray else (type(a), a)
+                for a in arguments
+            ]
+        )
+        try:
+            found = passed.get(key)
+        except TypeError:  # an argument of another kind cannot be looked up
+            return check(*arguments)
+        if found is None:
+            found = check(*arguments)
+            if len(passed) == REMEMBERED:
+                passed.clear()
+            passed[key] = found
+        return found
+
+    return run
 
 
 def _names(dtypes: Collection[Any]) -> str:
@@ -205,21 +238,27 @@ def _overlaps_itself(array: Any) -> bool:
     return False
 
 
-def writable(
-    name: str, target: Any, others: dict[str, Any], *, in_place: tuple[str, ...] = ()
-) -> None:
-    """Check an array that will be written, against the others of the call.
-
-    ``others`` may hold None; those named in ``in_place`` may be the target itself, element for
-    element.
-    """
-    if not target.flags.writeable:
-        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
-    if _overlaps_itself(target):
+def distinct(name: str, target: Any) -> None:
+    """Check that no two elements of an array that will be written are one in memory."""
+    if target is not None and _overlaps_itself(target):
         raise ValueError(
             f"{name}: expected distinct elements in memory, got strides {target.strides} "
             f"for shape {target.shape}"
         )
+
+
+def writable(
+    name: str, target: Any, others: dict[str, Any], *, in_place: tuple[str, ...] = ()
+) -> None:
+    """Check an array that will be written, if there is one, against the others of the call.
+
+    ``others`` may hold None; those named in ``in_place`` may be the target itself, element for
+    element.
+    """
+    if target is None:
+        return
+    if not target.flags.writeable:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     for other, array in others.items():
         if array is None or not _share(target, array):
             continue

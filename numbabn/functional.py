@@ -63,40 +63,16 @@ def _data(x: Any, axis: Any) -> tuple[Any, int, int, int]:
     return backend, axis, C, x.size // C
 
 
-def _check_residual(residual: Any, x: Any) -> None:
-    if residual is not None:
-        checks.like("residual", residual, x)
-
-
-def _check_out(out: Any, x: Any, inputs: dict[str, Any], *in_place: str) -> None:
-    if out is not None:
-        checks.like("out", out, x)
-        checks.writable("out", out, inputs, in_place=in_place)
+def _check_like(x: Any, **arrays: Any) -> None:
+    for name, array in arrays.items():
+        if array is not None:
+            checks.like(name, array, x)
 
 
 def _check_parameters(x: Any, C: int, **arrays: Any) -> None:
     for name, array in arrays.items():
         if array is not None:
             checks.per_channel(name, array, C, checks.parameter_dtypes(x.dtype))
-
-
-def _check_running(
-    running_mean: Any,
-    running_var: Any,
-    count: int,
-    momentum: Any,
-    correction: Any,
-    inputs: dict[str, Any],
-) -> tuple[float, float]:
-    """Check what `_update_running` will write; return momentum and correction as floats."""
-    momentum = checks.real("momentum", momentum)
-    correction = checks.real("correction", correction)
-    if running_mean is not None:
-        checks.writable("running_mean", running_mean, {"running_var": running_var, **inputs})
-    if running_var is not None:
-        checks.denominator(count, correction)
-        checks.writable("running_var", running_var, inputs)
-    return momentum, correction
 
 
 def _average(running: Any, batch: PerChannel, momentum: float) -> None:
@@ -115,6 +91,41 @@ def _update_running(
             _average(running_var, stats.m2 / (stats.count - correction), momentum)
 
 
+class _Sweep(NamedTuple):
+    """What a forward pass or inference has found out about its arguments."""
+
+    backend: Any
+    axis: int
+    values: int  # per channel
+    momentum: float
+    eps: float
+    correction: float
+    relu: bool
+
+
+@checks.remembered
+def _check_forward(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
+) -> _Sweep:  # fmt: skip
+    backend, axis, C, count = _data(x, axis)
+    _check_parameters(
+        x, C, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    eps = checks.epsilon(eps)
+    relu = checks.relu(activation)
+    checks.trainable(x, count)
+    _check_like(x, residual=residual, out=out)
+    momentum = checks.real("momentum", momentum)
+    correction = checks.real("correction", correction)
+    if running_var is not None:
+        checks.denominator(count, correction)
+    for name, target in (("running_mean", running_mean), ("running_var", running_var)):
+        checks.distinct(name, target)
+    checks.distinct("out", out)
+    return _Sweep(backend, axis, count, momentum, eps, correction, relu)
+
+
 def _forward(
     x: Any,
     weight: Any,
@@ -131,32 +142,31 @@ def _forward(
     out: Any,
     with_mask: bool,
 ) -> ForwardResult:
-    backend, axis, C, count = _data(x, axis)
-    parameters = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    _check_parameters(x, C, **parameters)
-    eps = checks.epsilon(eps)
-    relu = checks.relu(activation)
-    checks.trainable(x, count)
-    _check_residual(residual, x)
-    inputs = {"x": x, "residual": residual}
-    momentum, correction = _check_running(
-        running_mean, running_var, count, momentum, correction, inputs
-    )
-    _check_out(out, x, inputs | parameters, "x", "residual")
+    sweep: _Sweep = _check_forward(
+        x, weight, bias, running_mean, running_var,
+        momentum, eps, axis, residual, activation, correction, out,
+    )  # fmt: skip
+    if running_mean is not None or running_var is not None:
+        inputs = {"x": x, "residual": residual}
+        checks.writable("running_mean", running_mean, {"running_var": running_var, **inputs})
+        checks.writable("running_var", running_var, inputs)
+    if out is not None:
+        inputs = {
+            "x": x, "residual": residual, "weight": weight, "bias": bias,
+            "running_mean": running_mean, "running_var": running_var,
+        }  # fmt: skip
+        checks.writable("out", out, inputs, in_place=("x", "residual"))
 
     y = results.empty_like(x) if out is None else out
-    mask = backend.allocate_mask(x) if relu and with_mask else None
-    if x.size == 0:
-        return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), eps), mask)
-    layout = arrange(axis, (x, residual), (y,), mask=mask)
-    mean, invstd = backend.forward(
-        layout, (weight, bias, running_mean, running_var), eps, momentum, correction, relu
-    )
+    mask = sweep.backend.allocate_mask(x) if sweep.relu and with_mask else None
+    if sweep.values == 0:
+        C = x.shape[sweep.axis]
+        return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), sweep.eps), mask)
+    layout = arrange(sweep.axis, (x, residual), (y,), mask=mask)
+    mean, invstd = sweep.backend.forward(
+        layout, (weight, bias, running_mean, running_var),
+        sweep.eps, sweep.momentum, sweep.correction, sweep.relu,
+    )  # fmt: skip
     layout.finish()
     return ForwardResult(y, mean, invstd, mask)
 
@@ -234,12 +244,12 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    checks.flag("training", training)
-    checks.real("momentum", momentum)
+    if training is not True and training is not False:
+        checks.flag("training", training)
     if not training:
-        return batch_norm_inference(
-            x, running_mean, running_var, weight, bias,
-            eps=eps, axis=axis, residual=residual, activation=activation, out=out,
+        return _inference(
+            x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation,
+            out,
         )  # fmt: skip
     return _forward(
         x, weight, bias, running_mean, running_var,
@@ -318,28 +328,52 @@ def batch_norm_inference(
     array([[0., 0.],
            [1., 2.]])
     """
-    backend, axis, C, _ = _data(x, axis)
+    return _inference(
+        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, out
+    )
+
+
+def _inference(
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
+    momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, out: Any,
+) -> Any:  # fmt: skip
+    sweep: _Sweep = _check_inference(
+        x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation, out
+    )
+    if out is not None:
+        inputs = {
+            "x": x, "residual": residual, "running_mean": running_mean,
+            "running_var": running_var, "weight": weight, "bias": bias,
+        }  # fmt: skip
+        checks.writable("out", out, inputs, in_place=("x", "residual"))
+
+    y = results.empty_like(x) if out is None else out
+    if sweep.values:
+        layout = arrange(sweep.axis, (x, residual), (y,))
+        parameters = weight, bias, running_mean, running_var
+        sweep.backend.normalize(layout, parameters, sweep.eps, sweep.relu)
+        layout.finish()
+    return y
+
+
+@checks.remembered
+def _check_inference(
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: Any,
+    eps: Any, axis: Any, residual: Any, activation: Any, out: Any,
+) -> _Sweep:  # fmt: skip
+    backend, axis, C, count = _data(x, axis)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if array is None:
             raise ValueError(f"{name}: expected an array of shape ({C},) in inference, got None")
-    parameters = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    _check_parameters(x, C, **parameters)
+    _check_parameters(
+        x, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    momentum = checks.real("momentum", momentum)
     eps = checks.epsilon(eps)
     relu = checks.relu(activation)
-    _check_residual(residual, x)
-    _check_out(out, x, {"x": x, "residual": residual, **parameters}, "x", "residual")
-
-    y = results.empty_like(x) if out is None else out
-    if x.size:
-        layout = arrange(axis, (x, residual), (y,))
-        backend.normalize(layout, (weight, bias, running_mean, running_var), eps, relu)
-        layout.finish()
-    return y
+    _check_like(x, residual=residual, out=out)
+    checks.distinct("out", out)
+    return _Sweep(backend, axis, count, momentum, eps, 0.0, relu)
 
 
 def batch_norm_backward(
@@ -404,19 +438,12 @@ def batch_norm_backward(
     >>> bool(abs(dx).max() < 1e-15), dweight.round(6).tolist(), dbias.round(6).tolist()
     (True, [3.0], [0.0])
     """
-    backend, axis, C, count = _data(x, axis)
-    checks.flag("training", training)
-    checks.flag("with_residual", with_residual)
-    checks.like("dy", dy, x)
-    _check_parameters(x, C, weight=weight)
-    checks.per_channel("mean", mean, C, checks.WIDE)
-    checks.per_channel("invstd", invstd, C, checks.WIDE)
-    if training:
-        checks.trainable(x, count)
-    if mask is not None:
-        checks.mask(mask, x)
-    inputs = {"dy": dy, "x": x, "weight": weight, "mean": mean, "invstd": invstd, "mask": mask}
-    _check_out(out, x, inputs, "dy", "x")
+    backend, axis, C = _check_backward(
+        dy, x, weight, mean, invstd, axis, training, mask, with_residual, out
+    )
+    if out is not None:
+        inputs = {"dy": dy, "x": x, "weight": weight, "mean": mean, "invstd": invstd, "mask": mask}
+        checks.writable("out", out, inputs, in_place=("dy", "x"))
 
     dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
     if x.size == 0:
@@ -438,6 +465,27 @@ def batch_norm_backward(
     backend.backward(layout, weight, mean, invstd, dweight, dbias, bool(training))
     layout.finish()
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+@checks.remembered
+def _check_backward(
+    dy: Any, x: Any, weight: Any, mean: Any, invstd: Any, axis: Any, training: Any, mask: Any,
+    with_residual: Any, out: Any,
+) -> tuple[Any, int, int]:  # fmt: skip
+    backend, axis, C, count = _data(x, axis)
+    checks.flag("training", training)
+    checks.flag("with_residual", with_residual)
+    checks.like("dy", dy, x)
+    _check_parameters(x, C, weight=weight)
+    checks.per_channel("mean", mean, C, checks.WIDE)
+    checks.per_channel("invstd", invstd, C, checks.WIDE)
+    if training:
+        checks.trainable(x, count)
+    if mask is not None:
+        checks.mask(mask, x)
+    _check_like(x, out=out)
+    checks.distinct("out", out)
+    return backend, axis, C
 
 
 def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
@@ -518,7 +566,11 @@ def update_running_stats(
     C = stats.mean.size or np.size(running_mean)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         checks.per_channel(name, array, C)
-    momentum, correction = _check_running(
-        running_mean, running_var, stats.count, momentum, correction, {}
-    )
+    momentum = checks.real("momentum", momentum)
+    correction = checks.real("correction", correction)
+    checks.denominator(stats.count, correction)
+    checks.distinct("running_mean", running_mean)
+    checks.distinct("running_var", running_var)
+    checks.writable("running_mean", running_mean, {"running_var": running_var})
+    checks.writable("running_var", running_var, {})
     _update_running(running_mean, running_var, stats, momentum, correction)

@@ -8,7 +8,7 @@ alike; all the arrays of one call are taken in the same order.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     kind: str  # "planes" or "rows"
     shape: tuple[int, int, int]  # N, C, S
     adjoining: bool  # whether in every map planes, or rows, lie in order and without a gap
+    dtype: Any
     views: tuple[View | None, ...]  # outputs, inputs, and the mask
     copies: tuple[tuple[Any, Any], ...]  # (an output, the contiguous stand-in to copy back)
 
@@ -45,6 +46,10 @@ class Layout(NamedTuple):
         """Put into place the outputs that could not be viewed."""
         for array, stand_in in self.copies:
             array[...] = stand_in
+
+
+_view = partial(tuple.__new__, View)
+_layout = partial(tuple.__new__, Layout)
 
 
 class _Plan(NamedTuple):
@@ -128,19 +133,20 @@ def arrange(
         `Layout.finish` writes back those of outputs.
     """
     # Outputs first: they are never broadcast, so their steps tell how memory is laid out.
-    arrays = [*outputs, *inputs]
+    arrays = (*outputs, *inputs)
     given = [a for a in arrays if a is not None]
-    shape, itemsize, masked = given[0].shape, given[0].itemsize, mask is not None
+    first = given[0]
+    shape, itemsize, masked = first.shape, first.itemsize, mask is not None
     copies: tuple[tuple[Any, Any], ...] = ()
 
     plan = None
-    if all(a.flags.aligned for a in given):
-        plan = _plan(shape, axis, itemsize, tuple(a.strides for a in given), masked)
+    if False not in [a.flags.aligned for a in given]:
+        plan = _plan(shape, axis, itemsize, tuple([a.strides for a in given]), masked)
     if plan is None:
-        arrays = [
+        arrays = (
             *(None if a is None else np.empty(a.shape, a.dtype) for a in outputs),
             *(None if a is None else np.require(a, requirements=["C", "A"]) for a in inputs),
-        ]
+        )
         copies = tuple(
             (output, stand_in)
             for output, stand_in in zip(outputs, arrays, strict=False)
@@ -152,6 +158,8 @@ def arrange(
         if plan is None:
             raise AssertionError("a contiguous array is always viewable")
 
-    steps = iter(plan.steps)
-    views = tuple([None if a is None else View(a, *next(steps)) for a in (*arrays, mask)])
-    return Layout(plan.kind, plan.shape, plan.adjoining, views, copies)
+    kind, sizes, adjoining, each = plan
+    steps = iter(each)
+    # Past the constructors of named tuples, which take longer than a small kernel.
+    views = tuple([a if a is None else _view((a, *next(steps))) for a in (*arrays, mask)])
+    return _layout((kind, sizes, adjoining, first.dtype, views, copies))

@@ -263,9 +263,9 @@ def caches(request, monkeypatch):
     """Small arrays go past tiny caches, as large ones past real ones, and through a slab."""
     if request.param == "tiny caches":
         monkeypatch.setattr(schedule, "cache_bytes", {2: 1 << 6, 3: 1 << 14}.get)
-    schedule._cut.cache_clear()
+    schedule.forget()
     yield
-    schedule._cut.cache_clear()
+    schedule.forget()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])

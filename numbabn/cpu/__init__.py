@@ -1,6 +1,7 @@
 """The five operations on NumPy arrays, as views that `numbabn.layout` made.
 
-Per-channel results are contiguous float64, whatever the data are: C numbers each.
+Per-channel results are contiguous float64, whatever the data are: C numbers each. Kernels take the
+tuples of `arguments` by position: plain ones will do, and are made in less time.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,6 @@ import numpy.typing as npt
 
 from ..layout import Layout
 from . import compilation, planes, rows, schedule
-from .arguments import Backward, Forward, Gradients, Parameters, Settings
 
 PerChannel = npt.NDArray[np.float64]
 
@@ -69,7 +69,7 @@ def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:
     C = layout.shape[1]
     mean, m2 = np.empty(C), np.empty(C)
     plan = schedule.plan("statistics", layout)
-    _STATISTICS[layout.kind](plan, Forward(None, x, None, None), mean, m2)
+    _STATISTICS[layout.kind](plan, (None, x, None, None), mean, m2)
     return mean, m2
 
 
@@ -82,9 +82,9 @@ def normalize(
     """
     _NORMALIZE[layout.kind](
         schedule.plan("normalize", layout),
-        Forward(*layout.views),
-        Parameters(*parameters, None, None),
-        Settings(eps, 0.0, 0.0, relu),
+        layout.views,
+        (*parameters, None, None),
+        (eps, 0.0, 0.0, relu),
     )  # fmt: skip
 
 
@@ -104,8 +104,7 @@ def forward(
     mean, invstd = np.empty(C), np.empty(C)
     _FORWARD[layout.kind](
         schedule.plan("forward", layout),
-        Forward(*layout.views), Parameters(*parameters, mean, invstd),
-        Settings(eps, momentum, correction, relu),
+        layout.views, (*parameters, mean, invstd), (eps, momentum, correction, relu),
     )  # fmt: skip
     return mean, invstd
 
@@ -122,7 +121,7 @@ def backward(
     """Write dx, dresidual, dweight and dbias. Views: dx, dresidual, dy, x."""
     _BACKWARD[layout.kind](
         schedule.plan("backward", layout),
-        Backward(*layout.views), Gradients(weight, mean, invstd, dweight, dbias), training,
+        layout.views, (weight, mean, invstd, dweight, dbias), training,
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def _ahead(view, shape, n, c, s):
 
 @inlined
 def _near(view, n, c, start, stop, spares, k):
-    """Pointer to planes from channel ``c`` on; to a copy in spare tile ``k`` if places lie apart."""
+    """Pointer to planes from channel ``c`` on, or to a copy in a spare tile."""
     at = element(view, n, c, 0)
     if view.ds == 1 or missing(at):
         return at

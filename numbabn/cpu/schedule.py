@@ -4,9 +4,10 @@ Nothing here changes a bit of the results. The tree of every sum follows from th
 (`planes.tiling`, `rows.tiling`); a plan says only in which order its branches are taken.
 """
 
+import math
 import os
 import threading
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,11 +134,8 @@ class _Pool(threading.local):
         self.buffer = np.empty(0, np.uint8)
         self.plans: dict[Any, Plan] = {}
 
-    def plan(self, cut: _Cut, dtype: Any) -> Plan:
+    def plan(self, cut: _Cut, dtype: Any, key: Any) -> Plan:
         """Give a kernel its workspace, cut from the buffer that all the thread's calls share."""
-        plan = self.plans.get((cut, dtype))
-        if plan is not None:
-            return plan
         shape = cut.shape
         computed = 8 if dtype.itemsize == 8 else 4
         parts = (
@@ -164,7 +162,7 @@ class _Pool(threading.local):
             at += part.size
         plan = Plan(_STORED[dtype], Memory(*views), shape)
         if total <= self.buffer.size and len(self.plans) < 256:
-            self.plans[cut, dtype] = plan
+            self.plans[key] = plan
         return plan
 
 
@@ -177,7 +175,6 @@ def _aligned(nbytes: int) -> Any:
     return buffer[start : start + nbytes]
 
 
-@lru_cache(maxsize=256)
 def _cut(
     operation: str,
     kind: str,
@@ -192,8 +189,16 @@ def _cut(
 
 def plan(operation: str, layout: Layout) -> Plan:
     """Cut a call's work, and find memory for it."""
-    dtype = next(view for view in layout.views if view is not None).array.dtype
-    N, C, S = layout.shape
-    threads = threads_for(N * C * S * dtype.itemsize * _SWEEPS[operation])
-    cut = _cut(operation, layout.kind, layout.shape, layout.adjoining, dtype.itemsize, threads)
-    return _pool.plan(cut, dtype)
+    kind, sizes, adjoining, dtype, _, _ = layout
+    threads = threads_for(math.prod(sizes) * dtype.itemsize * _SWEEPS[operation])
+    key = operation, kind, sizes, adjoining, dtype, threads
+    found = _pool.plans.get(key)
+    if found is None:
+        cut = _cut(operation, kind, sizes, adjoining, dtype.itemsize, threads)
+        found = _pool.plan(cut, dtype, key)
+    return found
+
+
+def forget() -> None:
+    """Plan anew, as for caches of other sizes."""
+    _pool.plans.clear()

@@ -252,7 +252,7 @@ def _constants(planes, k):
 
 @inlined
 def _blended(a, b, count):
-    """Constants of a line whose first `count` numbers belong to one plane, the others to another."""
+    """Constants of a line whose first `count` numbers belong to the first plane."""
     return (
         blend(a[0], b[0], count), blend(a[1], b[1], count), blend(a[2], b[2], count),
         blend(a[3], b[3], count), blend(a[4], b[4], count),
@@ -654,7 +654,7 @@ def merged_moments(memory, shape, k):
 
 @primitive
 def merged_products(memory, shape, k):
-    """Sums of dy, and of dy * (x - mean), of a channel."""
+    """Add up what is left of a channel's pieces."""
     total, product = 0.0, 0.0
     for piece in range(shape.pieces):
         at = partial(memory, shape, k, piece)
