@@ -23,27 +23,26 @@ REMEMBERED = 1024  # calls of each kind
 
 
 def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Skip what has passed before for arrays of the same shapes, strides and dtypes.
+    """Skip what has passed before for arrays of the same shapes and dtypes.
 
     For checks that look at no more of an array. All arguments go by position.
     """
     passed: dict[Any, Any] = {}
+    ndarray = np.ndarray
 
     @wraps(check)
     def run(*arguments: Any) -> Any:
-        key = tuple(
-            [
-                (a.shape, a.strides, a.dtype) if type(a) is np.ndarray else (type(a), a)
-                for a in arguments
-            ]
-        )
+        parts: list[Any] = []
+        for a in arguments:
+            parts += (a.shape, a.dtype) if type(a) is ndarray else (type(a), a)
+        key = tuple(parts)
         try:
             found = passed.get(key)
         except TypeError:  # an argument of another kind cannot be looked up
             return check(*arguments)
         if found is None:
             found = check(*arguments)
-            if len(passed) == REMEMBERED:
+            if len(passed) >= REMEMBERED:
                 passed.clear()
             passed[key] = found
         return found
@@ -238,15 +237,6 @@ def _overlaps_itself(array: Any) -> bool:
     return False
 
 
-def distinct(name: str, target: Any) -> None:
-    """Check that no two elements of an array that will be written are one in memory."""
-    if target is not None and _overlaps_itself(target):
-        raise ValueError(
-            f"{name}: expected distinct elements in memory, got strides {target.strides} "
-            f"for shape {target.shape}"
-        )
-
-
 def writable(
     name: str, target: Any, others: dict[str, Any], *, in_place: tuple[str, ...] = ()
 ) -> None:
@@ -257,8 +247,14 @@ def writable(
     """
     if target is None:
         return
-    if not target.flags.writeable:
+    flags = target.flags
+    if not flags.writeable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    if not flags.c_contiguous and _overlaps_itself(target):
+        raise ValueError(
+            f"{name}: expected distinct elements in memory, got strides {target.strides} "
+            f"for shape {target.shape}"
+        )
     for other, array in others.items():
         if array is None or not _share(target, array):
             continue

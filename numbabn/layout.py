@@ -134,14 +134,16 @@ def arrange(
     """
     # Outputs first: they are never broadcast, so their steps tell how memory is laid out.
     arrays = (*outputs, *inputs)
-    given = [a for a in arrays if a is not None]
+    given, strides, aligned = [], [], True
+    for a in arrays:
+        if a is not None:
+            given.append(a)
+            strides.append(a.strides)
+            aligned = aligned and a.flags.aligned
     first = given[0]
     shape, itemsize, masked = first.shape, first.itemsize, mask is not None
     copies: tuple[tuple[Any, Any], ...] = ()
-
-    plan = None
-    if False not in [a.flags.aligned for a in given]:
-        plan = _plan(shape, axis, itemsize, tuple([a.strides for a in given]), masked)
+    plan = _plan(shape, axis, itemsize, tuple(strides), masked) if aligned else None
     if plan is None:
         arrays = (
             *(None if a is None else np.empty(a.shape, a.dtype) for a in outputs),

@@ -47,7 +47,7 @@ from .vector import (
 )
 
 PLANE_TILE = 1024  # elements of a plane that are taken in one go, at most
-PLANE_GROUP = 512  # elements of a group of short planes, about
+PLANE_GROUP = 1024  # elements of a group of short planes, about
 PLANE_PIECE = 1 << 14  # elements of a channel that are summed together, at least ...
 PLANE_PIECES = 64  # ... and pieces of a channel, at most
 PLANE_AHEAD = 1536  # elements from what is summed to what is fetched, about

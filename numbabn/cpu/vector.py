@@ -56,13 +56,13 @@ def first_number(x, index):
     return _if_finite(np.float64(computed(x, index)), 0.0)
 
 
-@primitive
+@inlined
 def moments(count, shift, total, squares):
     """Mean and M2 from the sums of deviations, and of their squares, from `shift`."""
     return shift + total / count, squares - total * total / count
 
 
-@primitive
+@inlined
 def merge(count, mean, m2, count_b, mean_b, m2_b):
     """Chan, Golub & LeVeque (1983), eq. 2.1: the moments of two samples taken together."""
     total = count + count_b
@@ -641,7 +641,7 @@ def set_products(memory, shape, k, piece, total, product):
     put(at, 1, product)
 
 
-@primitive
+@inlined
 def merged_moments(memory, shape, k):
     """Count, mean and M2 of a channel."""
     at = partial(memory, shape, k, 0)
@@ -652,7 +652,7 @@ def merged_moments(memory, shape, k):
     return count, mean, m2
 
 
-@primitive
+@inlined
 def merged_products(memory, shape, k):
     """Add up what is left of a channel's pieces."""
     total, product = 0.0, 0.0
@@ -663,7 +663,7 @@ def merged_products(memory, shape, k):
     return total, product
 
 
-@primitive
+@inlined
 def finish_forward(x, c, count, mean, m2, parameters, settings):
     """Save a channel's statistics; give its constants of `normalize_run`."""
     invstd = inverse(m2 / count, settings.eps)
@@ -676,7 +676,7 @@ def finish_forward(x, c, count, mean, m2, parameters, settings):
     return affine(x.data, mean, invstd, weight, bias)
 
 
-@primitive
+@inlined
 def running_affine(x, c, parameters, settings):
     """Give a channel's constants of `normalize_run` in inference."""
     mean, var = number(parameters.running_mean, c), number(parameters.running_var, c)
@@ -684,7 +684,7 @@ def running_affine(x, c, parameters, settings):
     return affine(x.data, mean, inverse(var, settings.eps), weight, bias)
 
 
-@primitive
+@inlined
 def finish_backward(x, c, count, total, product, gradients):
     """Save a channel's gradients by weight and bias; give its constants of `gradient_run`."""
     mean, invstd = number(gradients.mean, c), number(gradients.invstd, c)
@@ -752,26 +752,26 @@ def scatter(tile, target, step, size):
 # What the formulas need of a channel.
 
 
-@primitive
+@inlined
 def number_or(array, c, default):
     """Give a channel's number, or what it is without an array."""
     return default if missing(array.data) else number(array, c)
 
 
-@primitive
+@inlined
 def inverse(var, eps):
     """Give ``invstd``."""
     return 1.0 / np.sqrt(var + eps)
 
 
-@primitive
+@inlined
 def update_running(running, c, batch, momentum):
     """Move a channel's running average, if there is one, towards the batch's."""
     if not missing(running.data):
         set_number(running, c, (1.0 - momentum) * number(running, c) + momentum * batch)
 
 
-@primitive
+@inlined
 def affine(x, mean, invstd, weight, bias):
     """Give mean, scale and shift as x is computed: what high loses of the mean, shift has.
 
@@ -782,7 +782,7 @@ def affine(x, mean, invstd, weight, bias):
     return high, scale, rounded(bias - (mean - high) * scale, x)
 
 
-@primitive
+@inlined
 def gradient_affine(x, mean, invstd, weight, dy_mean, product_mean):
     """Give the constants of `gradient_run` as x is computed, both means split as in `affine`.
 
