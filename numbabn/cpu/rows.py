@@ -190,13 +190,6 @@ def _sum_rows(x, memory, shape, task):
         set_moments(memory, shape, c + k, piece, stop - start, mean, m2)
 
 
-@primitive
-def _sum_share(x, memory, shape, t):
-    first, last = share(_tasks(shape), t, shape.threads)
-    for task in range(first, last):
-        _sum_rows(x, spares_of(memory, t), shape, task)
-
-
 @inlined
 def _joined(shape, row, stop):
     """Where a row lies, how many joined rows to write in one go, and how many are joined."""
@@ -275,42 +268,59 @@ def _set_constants(memory, shape, target, c, values):
 
 
 @primitive
-def _finish_forward(maps, memory, shape, parameters, settings, t):
-    """Save the statistics of a thread's channels, and what writing them takes."""
-    first, last = share(shape.C, t, shape.threads)
+def _finish_forward(maps, memory, shape, parameters, settings, first, last):
+    """Save the statistics of some channels, and what writing them takes."""
     for c in range(first, last):
         count, mean, m2 = merged_moments(memory, shape, c)
         values = finish_forward(maps.x, c, count, mean, m2, parameters, settings)
         _set_constants(memory, shape, maps.y, c, values)
 
 
+@primitive
+def _forward_share(maps, memory, shape, parameters, settings, t):
+    """Sum a thread's share; whole columns are finished at once."""
+    first, last = share(_tasks(shape), t, shape.threads)
+    for task in range(first, last):
+        _sum_rows(maps.x, spares_of(memory, t), shape, task)
+        if shape.pieces == 1:
+            c, width, _, _, _ = _task(shape, task)
+            _finish_forward(maps, memory, shape, parameters, settings, c, c + width)
+
+
+@primitive
+def _finish_forward_share(maps, memory, shape, parameters, settings, t):
+    first, last = share(shape.C, t, shape.threads)
+    _finish_forward(maps, memory, shape, parameters, settings, first, last)
+
+
 @kernel("Forward", "Parameters", "Settings")
 def forward_rows(maps, parameters, settings, memory, shape):
     """Statistics, normalize and running averages."""
     for t in prange(shape.threads):
-        _sum_share(maps.x, memory, shape, t)
-    for t in prange(shape.threads):
-        _finish_forward(maps, memory, shape, parameters, settings, t)
+        _forward_share(maps, memory, shape, parameters, settings, t)
+    if shape.pieces > 1:
+        for t in prange(shape.threads):
+            _finish_forward_share(maps, memory, shape, parameters, settings, t)
     for t in prange(shape.threads):
         _normalize_share(maps, memory, shape, settings.rectify, t)
 
 
 @primitive
-def _finish_statistics(mean, m2, memory, shape, t):
-    first, last = share(shape.C, t, shape.threads)
-    for c in range(first, last):
-        _, channel_mean, channel_m2 = merged_moments(memory, shape, c)
-        set_number(mean, c, channel_mean)
-        set_number(m2, c, channel_m2)
+def _statistics_share(x, memory, shape, t):
+    first, last = share(_tasks(shape), t, shape.threads)
+    for task in range(first, last):
+        _sum_rows(x, spares_of(memory, t), shape, task)
 
 
 @kernel("Forward", "Numbers", "Numbers")
 def statistics_rows(maps, mean, m2, memory, shape):
     """Mean and M2 of each channel."""
     for t in prange(shape.threads):
-        _sum_share(maps.x, memory, shape, t)
-    for t in prange(shape.threads):
-        _finish_statistics(mean, m2, memory, shape, t)
+        _statistics_share(maps.x, memory, shape, t)
+    for c in range(shape.C):
+        _, channel_mean, channel_m2 = merged_moments(memory, shape, c)
+        set_number(mean, c, channel_mean)
+        set_number(m2, c, channel_m2)
 
 
 @primitive
@@ -377,13 +387,6 @@ def _product_rows(maps, gradients, memory, shape, task):
         set_products(memory, shape, c + k, piece, get(total, k), get(product, k))
 
 
-@primitive
-def _product_share(maps, gradients, memory, shape, t):
-    first, last = share(_tasks(shape), t, shape.threads)
-    for task in range(first, last):
-        _product_rows(maps, gradients, spares_of(memory, t), shape, task)
-
-
 @inlined
 def _gradient_tile(maps, memory, shape, n, s, rows, join, fronts, tails, training):
     dx, dresidual, mask, spares = maps.dx, maps.dresidual, maps.mask, memory.spares
@@ -426,21 +429,38 @@ def _gradient_share(maps, memory, shape, training, t):
 
 
 @primitive
-def _finish_backward(maps, gradients, memory, shape, t):
-    """Save the gradients by a thread's weights and biases, and what writing dx takes."""
-    first, last = share(shape.C, t, shape.threads)
+def _finish_backward(maps, gradients, memory, shape, first, last):
+    """Save the gradients by some weights and biases, and what writing dx takes."""
     for c in range(first, last):
         total, product = merged_products(memory, shape, c)
         values = finish_backward(maps.x, c, shape.N * shape.S, total, product, gradients)
         _set_constants(memory, shape, maps.dx, c, values)
 
 
+@primitive
+def _backward_share(maps, gradients, memory, shape, t):
+    """Sum a thread's share; whole columns are finished at once."""
+    first, last = share(_tasks(shape), t, shape.threads)
+    for task in range(first, last):
+        _product_rows(maps, gradients, spares_of(memory, t), shape, task)
+        if shape.pieces == 1:
+            c, width, _, _, _ = _task(shape, task)
+            _finish_backward(maps, gradients, memory, shape, c, c + width)
+
+
+@primitive
+def _finish_backward_share(maps, gradients, memory, shape, t):
+    first, last = share(shape.C, t, shape.threads)
+    _finish_backward(maps, gradients, memory, shape, first, last)
+
+
 @kernel("Backward", "Gradients", "Flag")
 def backward_rows(maps, gradients, training, memory, shape):
     """Gradients by x, weight, bias and residual."""
     for t in prange(shape.threads):
-        _product_share(maps, gradients, memory, shape, t)
-    for t in prange(shape.threads):
-        _finish_backward(maps, gradients, memory, shape, t)
+        _backward_share(maps, gradients, memory, shape, t)
+    if shape.pieces > 1:
+        for t in prange(shape.threads):
+            _finish_backward_share(maps, gradients, memory, shape, t)
     for t in prange(shape.threads):
         _gradient_share(maps, memory, shape, training, t)
