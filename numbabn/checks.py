@@ -20,6 +20,7 @@ FLOATS = (*NARROW, *WIDE)
 
 
 REMEMBERED = 1024  # calls of each kind
+_PLAIN = (type(None), bool, int, float, str)  # settings whose value is all there is to them
 
 
 def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,12 +35,15 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         parts: list[Any] = []
         for a in arguments:
-            parts += (a.shape, a.dtype) if type(a) is ndarray else (type(a), a)
+            kind = type(a)
+            if kind in _PLAIN:
+                parts += (kind, a)
+            elif kind is ndarray and a.ndim:
+                parts += (a.shape, a.dtype)
+            else:
+                return check(*arguments)
         key = tuple(parts)
-        try:
-            found = passed.get(key)
-        except TypeError:  # an argument of another kind cannot be looked up
-            return check(*arguments)
+        found = passed.get(key)
         if found is None:
             found = check(*arguments)
             if len(passed) >= REMEMBERED:

@@ -144,7 +144,7 @@ def _forward(
         momentum, eps, axis, residual, activation, correction, out,
     )  # fmt: skip
     if running_mean is not None or running_var is not None:
-        inputs = {"x": x, "residual": residual}
+        inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
         checks.writable("running_mean", running_mean, {"running_var": running_var, **inputs})
         checks.writable("running_var", running_var, inputs)
     if out is not None:
@@ -246,7 +246,7 @@ def batch_norm(
     if not training:
         return _inference(
             x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation,
-            out,
+            correction, out,
         )  # fmt: skip
     return _forward(
         x, weight, bias, running_mean, running_var,
@@ -326,17 +326,18 @@ def batch_norm_inference(
            [1., 2.]])
     """
     return _inference(
-        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, out
+        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, 0, out
     )
 
 
 def _inference(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
-    momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, out: Any,
+    momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
 ) -> Any:  # fmt: skip
     sweep: _Sweep = _check_inference(
-        x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation, out
-    )
+        x, running_mean, running_var, weight, bias,
+        momentum, eps, axis, residual, activation, correction, out,
+    )  # fmt: skip
     if out is not None:
         inputs = {
             "x": x, "residual": residual, "running_mean": running_mean,
@@ -356,7 +357,7 @@ def _inference(
 @checks.remembered
 def _check_inference(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: Any,
-    eps: Any, axis: Any, residual: Any, activation: Any, out: Any,
+    eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
 ) -> _Sweep:  # fmt: skip
     backend, axis, C, count = _data(x, axis)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
@@ -365,11 +366,12 @@ def _check_inference(
     _check_parameters(
         x, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
-    momentum = checks.real("momentum", momentum)
+    checks.real("momentum", momentum)
+    checks.real("correction", correction)
     eps = checks.epsilon(eps)
     relu = checks.relu(activation)
     _check_like(x, residual=residual, out=out)
-    return _Sweep(backend, axis, count, momentum, eps, 0.0, relu)
+    return _Sweep(backend, axis, count, 0.0, eps, 0.0, relu)
 
 
 def batch_norm_backward(
@@ -456,7 +458,7 @@ def batch_norm_backward(
     dweight, dbias = np.empty(C, dtype), np.empty(C, dtype)
     layout = arrange(
         axis, (dy, x), (dx, None if mask is None else dresidual),
-        mask=None if mask is None else np.require(mask, requirements=["C", "W"]),
+        mask=None if mask is None else np.require(mask, requirements=["C"]),
     )  # fmt: skip
     backend.backward(layout, weight, mean, invstd, dweight, dbias, bool(training))
     layout.finish()

@@ -108,7 +108,8 @@ def _plan(
     if kind == "planes":
         adjoining = all((dc, ds) == (S, 1) for _, dc, ds in each)
     else:
-        adjoining = all((dc, ds) == (1, C) and dn in (0, S * C) for dn, dc, ds in each)
+        # More than one n would have been joined with the rest, were there no gap.
+        adjoining = N == 1 and all((dc, ds) == (1, C) for _, dc, ds in each)
     return _Plan(kind, (N, C, S), adjoining, each)
 
 

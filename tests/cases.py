@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-# Borders of the CPU kernels crossed here: tiles of 4096 places and 128 rows, pieces of 16 and 4
-# tiles, blocks of 1024 columns, planes shorter than 512 as columns, rows narrower than 16 as
-# planes, 16 channels and 128 KiB.
+# Borders of the CPU kernels crossed here: tiles of 1024 places and 16 rows, pieces of 16384 places
+# and 1024 rows, groups of 1024 places of short planes, planes shorter than 16 places, rows narrower
+# than 16 (as planes) and shorter than 512 (joined), blocks of 64 columns, and 128 KiB.
 SHAPES = {
     "NC": ((5, 37), 1),
     "NC C=1": ((127, 1), 1),
@@ -16,11 +16,11 @@ SHAPES = {
     "NC narrow": ((1000, 3), -1),
     "NC several pieces": ((4099, 19), 1),
     "NC wide": ((131, 1061), 1),
-    "NCHW columns, large": ((33, 67, 7, 7), 1),
+    "NCHW short, large": ((33, 67, 7, 7), 1),
     "CN": ((17, 301), 0),
-    "NCL columns": ((9, 5, 13), 1),
+    "NCL short": ((9, 5, 13), 1),
     "NCL few planes": ((3, 5, 13), 1),
-    "NCHW columns": ((11, 29, 7, 7), 1),
+    "NCHW short": ((11, 29, 7, 7), 1),
     "NCHW fused": ((2, 17, 23, 23), 1),
     "NCHW fused, large": ((3, 19, 31, 37), 1),
     "NCHW few channels": ((2, 3, 24, 25), 1),
@@ -38,7 +38,7 @@ SHAPES = {
 LARGE = [
     "NC several pieces",
     "NC wide",
-    "NCHW columns, large",
+    "NCHW short, large",
     "NCHW fused, large",
     "NCHW tiles",
     "NHWC large",

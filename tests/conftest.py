@@ -5,6 +5,7 @@ import pytest
 
 import numbabn
 from numbabn import cpu, functional, layout, results
+from numbabn.cpu import schedule
 
 
 class _PoisonedNumPy:
@@ -31,6 +32,7 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(results, "empty_like", _poisoned_empty_like)
     for module in (functional, layout, cpu):
         monkeypatch.setattr(module, "np", _PoisonedNumPy())
+    schedule._pool.buffer[: 1 << 20].fill(0xFF)  # not a number, as any float
 
 
 @pytest.fixture(autouse=True)

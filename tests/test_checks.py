@@ -10,7 +10,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import numbabn
-from numbabn import BatchStats
+from numbabn import BatchStats, checks
 
 SHAPE = (4, 3, 2, 2)
 FULL = ("x", "residual", "dy", "out")  # arguments of x's shape and dtype
@@ -427,3 +427,46 @@ def test_an_empty_batch_writes_nothing(call, shape):
     elif call != "update":
         y = result.y if call == "forward" else result
         assert y is arguments["out"]
+
+
+def test_what_has_passed_is_checked_again_where_it_may_differ():
+    x = np.ones((4, 5, 6), np.float32)
+    assert numbabn.batch_norm_forward(x, axis=np.array(1)).mean.shape == (5,)
+    assert numbabn.batch_norm_forward(x, axis=np.array(2)).mean.shape == (6,)
+    with pytest.raises(ValueError, match="axis: expected -3 to 2"):
+        numbabn.batch_norm_forward(x, axis=np.array(9))
+    numbabn.batch_norm_forward(x, eps=1)
+    with pytest.raises(TypeError, match="eps: expected a real number"):
+        numbabn.batch_norm_forward(x, eps=True)
+    numbabn.batch_norm_forward(x, out=np.empty_like(x))
+    with pytest.raises(ValueError, match="out: expected distinct elements"):
+        numbabn.batch_norm_forward(x, out=as_strided(np.empty(9, np.float32), x.shape, (0, 0, 0)))
+    swapped = x.astype(x.dtype.newbyteorder())
+    with pytest.raises(TypeError, match="byte-swapped"):
+        numbabn.batch_norm_forward(swapped)
+
+
+def test_what_is_remembered_is_bounded():
+    calls = []
+    check = checks.remembered(lambda *arguments: calls.append(arguments) or True)
+    for k in [*range(checks.REMEMBERED + 1), *range(checks.REMEMBERED + 1)]:
+        check(k)
+    assert checks.REMEMBERED + 1 < len(calls) <= 2 * checks.REMEMBERED + 2
+    before = len(calls)
+    check(checks.REMEMBERED)
+    assert len(calls) == before
+
+
+def test_running_statistics_have_memory_of_their_own():
+    x, shared = cases.normal((8, 5), np.float32), np.ones(5, np.float32)
+    with pytest.raises(ValueError, match=r"running_mean: expected memory of its own.*weight"):
+        numbabn.batch_norm_forward(x, shared, None, shared)
+    with pytest.raises(ValueError, match=r"running_var: expected memory of its own.*bias"):
+        numbabn.batch_norm_forward(x, None, shared, None, shared)
+    np.testing.assert_array_equal(shared, 1)
+
+
+def test_correction_is_checked_in_inference_too():
+    x, one = np.ones((4, 5), np.float32), np.ones(5, np.float32)
+    with pytest.raises(TypeError, match="correction: expected a real number"):
+        numbabn.batch_norm(x, one, one, correction="no")

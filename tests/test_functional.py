@@ -138,9 +138,19 @@ def test_training(shape, axis, with_residual, activation, dtype, ulp):
     )
 
 
+@pytest.fixture(params=["real caches", "tiny caches"])
+def caches(request, monkeypatch):
+    """Small arrays go past tiny caches, as large ones past real ones, and through a slab."""
+    if request.param == "tiny caches":
+        monkeypatch.setattr(schedule, "cache_bytes", {2: 1 << 6, 3: 1 << 16}.get)
+    schedule.forget()
+    yield
+    schedule.forget()
+
+
 @pytest.mark.parametrize("name", [name for name in cases.SHAPES if name not in cases.LARGE])
 @cases.narrow_dtypes
-def test_sixteen_bits(name, dtype, ulp):
+def test_sixteen_bits(caches, name, dtype, ulp):
     check_training(Problem(*cases.SHAPES[name], dtype, ulp, with_residual=True, activation="relu"))
 
 
@@ -258,16 +268,6 @@ def test_correction_is_the_running_variances_alone(correction):
     np.testing.assert_array_equal(y, numbabn.batch_norm(x, training=True))
 
 
-@pytest.fixture(params=["real caches", "tiny caches"])
-def caches(request, monkeypatch):
-    """Small arrays go past tiny caches, as large ones past real ones, and through a slab."""
-    if request.param == "tiny caches":
-        monkeypatch.setattr(schedule, "cache_bytes", {2: 1 << 6, 3: 1 << 14}.get)
-    schedule.forget()
-    yield
-    schedule.forget()
-
-
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @cases.memory
 @cases.dtypes
@@ -321,6 +321,28 @@ def test_broadcast_input():
         _, mean, invstd = reference.forward(p.x)
         p.check_y(result.y, mean, invstd)
         np.testing.assert_allclose(numbabn.batch_stats(p.x).mean, mean, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 33), (4, 50, 33), (3, 7, 513), (4, 5, 11), (4, 5, 16)])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_operands_broadcast_over_the_batch(caches, shape, axis):
+    x, dy, residual = (cases.normal(shape, np.float32, seed=seed) for seed in range(3))
+    C = shape[axis]
+    mean, var = np.zeros(C, np.float32), np.ones(C, np.float32)
+    for name in ("x", "dy", "residual"):
+        whole = {"x": x, "dy": dy, "residual": residual}
+        narrow = np.broadcast_to(whole[name][:1], shape)
+        results = []
+        for operands in (whole | {name: narrow}, whole | {name: narrow.copy()}):
+            x_, dy_, residual_ = operands.values()
+            y, *_ = numbabn.batch_norm_forward(x_, residual=residual_, axis=axis)
+            z = numbabn.batch_norm_inference(x_, mean, var, residual=residual_, axis=axis)
+            dx, *_ = numbabn.batch_norm_backward(
+                dy_, x_, None, mean.astype(np.float64), np.ones(C), axis=axis
+            )
+            results.append((y, z, dx))
+        for broadcast, copied in zip(*results, strict=True):
+            np.testing.assert_array_equal(broadcast, copied)
 
 
 def test_read_only_input():

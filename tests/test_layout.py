@@ -92,6 +92,7 @@ def test_one_channel_is_one_long_plane():
         (np.zeros((8, 60, 16))[::2], 2, False),
         (np.zeros((60, 16)), 1, True),
         (np.zeros((60, 16))[::2], 1, False),
+        (np.broadcast_to(np.zeros((60, 16)), (8, 60, 16)), 2, False),
     ],
 )
 def test_adjoining_planes_and_rows_lie_without_a_gap(x, axis, adjoining):

@@ -29,7 +29,7 @@ _KERNELS = {
     "statistics": _STATISTICS,
 }
 OPERATIONS = tuple(_KERNELS)
-DTYPES = tuple(dtype.name for dtype in schedule._STORED)
+DTYPES = tuple(dtype.name for dtype in schedule.STORED)
 
 
 class Variant(NamedTuple):
@@ -58,7 +58,7 @@ def variants(
 
 def prepare(variant: Variant) -> bool:
     """Compile a variant ahead of its first call; False if it was there already."""
-    stored = {dtype.name: stored for dtype, stored in schedule._STORED.items()}
+    stored = {dtype.name: stored for dtype, stored in schedule.STORED.items()}
     kernel = _KERNELS[variant.operation][variant.view]
     return kernel.prepare(stored[variant.dtype], variant.parallel)
 

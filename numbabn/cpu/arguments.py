@@ -99,12 +99,13 @@ class Shape(NamedTuple):
     together: bool  # whether all threads work on one block
     threads: int
     streaming: bool  # whether results go past the caches
-    adjoining: bool  # whether channels (planes) or rows lie without a gap in every map
+    adjoining: bool  # whether planes or rows of a line or more lie without a gap in every map
     tile: int  # elements of a plane, or rows, that are taken in one go
     cuts: int  # tiles of one n
     piece: int  # tiles of a channel, or of rows, that are summed together
     pieces: int
     ahead: int  # tiles from what is summed to what is fetched
+    row: int  # elements that the slab has for a group of planes
 
 
 class Strided(types.Type):

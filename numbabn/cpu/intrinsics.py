@@ -111,7 +111,7 @@ def _fetch(builder, at, write=0):
 
 @intrinsic
 def prefetch(typing_context, pointer, index):
-    """Fetch the lines of sixteen numbers, the first of which begins a line."""
+    """Fetch as many lines as sixteen numbers fill, from that of the first on."""
 
     def codegen(context, builder, signature, args):
         at = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTE.as_pointer())

@@ -100,9 +100,9 @@ def _kept(memory, shape, summed, n, k):
     data = memory.slab.data
     if missing(data):
         return data
-    row = LANES + -(-shape.group * shape.S // LANES) * LANES
     groups = -(-shape.block // shape.group)
-    return moved(data, ((summed * groups + k // shape.group) * shape.N + n) * row + LANES)
+    row = (summed * groups + k // shape.group) * shape.N + n
+    return moved(data, row * shape.row + LANES)
 
 
 @inlined

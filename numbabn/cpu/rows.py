@@ -66,7 +66,7 @@ def _constants(memory, shape, target, k):
     beginning of the next. Where rows are written as one, the constants repeat. They begin as far
     behind a line as the target, so that both are met in whole lines.
     """
-    size = shape.C * shape.group + 3 * LANES
+    size = shape.C * shape.group // LANES * LANES + 4 * LANES
     return moved(memory.constants.data, k * size + LANES + front(target.data))
 
 

@@ -22,7 +22,7 @@ from .intrinsics import LANES, LINE
 from .vector import COLUMNS, CONSTANTS, PARTIAL, SUMS
 
 # numba compiles no 16-bit floats: kernels take the integers that hold their bits.
-_STORED = {
+STORED = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float64): "float64",
     np.dtype(np.float16): "uint16",
@@ -30,7 +30,8 @@ _STORED = {
 }
 _SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
 _SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
-POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call
+POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call ...
+PLANS = 256  # ... and plans
 
 
 @cache
@@ -80,12 +81,15 @@ def _cut_planes(
     if operation in ("statistics", "normalize") or (together and channel > fits):
         together, block = True, C
     tile, cuts, piece, pieces = planes.tiling(N, S)
-    ahead = -(-planes.PLANE_AHEAD // (summed * tile * group)) if summed else 0
+    if together and block < C:
+        block = min(C, group * -(-threads // pieces))
+    row = planes.slab_row(group, S)
+    ahead = -(-planes.PLANE_AHEAD // (summed * tile * group))
     shape = Shape(
         N, C, S, block, group, together, threads, streaming, adjoining, tile, cuts, piece, pieces,
-        ahead,
+        ahead, row,
     )  # fmt: skip
-    slab = -(-block // group) * N * planes.slab_row(group, S) * summed
+    slab = -(-block // group) * N * row * summed
     if not _pays(slab * itemsize, shape):
         slab = 0
     return _Cut(
@@ -107,11 +111,11 @@ def _cut_rows(
     group = -(-rows.ROW_JOINED // C) if adjoining else 1
     shape = Shape(
         N, C, S, block, group, True, threads, streaming, adjoining,
-        rows.ROW_TILE, 0, piece, pieces, ahead,
+        rows.ROW_TILE, 0, piece, pieces, ahead, 0,
     )  # fmt: skip
     return _Cut(
         shape, 0, rows.SPARES * rows.SPARE, 3 * (block + LANES),
-        CONSTANTS * (group * C + 3 * LANES), C * pieces * PARTIAL,
+        CONSTANTS * (group * C + 4 * LANES), C * pieces * PARTIAL,
     )  # fmt: skip
 
 
@@ -152,16 +156,19 @@ class _Pool(threading.local):
         buffer = self.buffer
         if total > buffer.size:
             buffer = _aligned(total)
-            self.plans.clear()
-            self.buffer = buffer if total <= POOL_BYTES else np.empty(0, np.uint8)
+            if total <= POOL_BYTES:
+                self.plans.clear()
+                self.buffer = buffer
         views: list[View | None] = []
         at = 0
         for (elements, itemsize, _), size, count in zip(parts, sizes, counts, strict=True):
             part = buffer[at : at + size * count]
             views.append(View(part, size // itemsize, 0, 0) if elements else None)
             at += part.size
-        plan = Plan(_STORED[dtype], Memory(*views), shape)
-        if total <= self.buffer.size and len(self.plans) < 256:
+        plan = Plan(STORED[dtype], Memory(*views), shape)
+        if total <= self.buffer.size:
+            if len(self.plans) >= PLANS:
+                self.plans.clear()
             self.plans[key] = plan
         return plan
 
@@ -200,5 +207,5 @@ def plan(operation: str, layout: Layout) -> Plan:
 
 
 def forget() -> None:
-    """Plan anew, as for caches of other sizes."""
+    """Plan anew what is called next."""
     _pool.plans.clear()
