@@ -22,6 +22,7 @@ STORED = {
     np.dtype(np.float16): types.uint16,
     np.dtype(ml_dtypes.bfloat16): types.int16,
 }
+BITS = Strided(types.uint8)
 all_dtypes = pytest.mark.parametrize("dtype", STORED, ids=str)
 
 
@@ -68,7 +69,9 @@ def compiled(function, *kinds):
 
 def call(function, *arguments):
     kinds = tuple(
-        {View: None, float: types.float64, int: types.intp, bool: types.boolean}[type(a)]
+        BITS
+        if a is None
+        else {View: None, float: types.float64, int: types.intp, bool: types.boolean}[type(a)]
         or Strided(STORED.get(a.array.dtype, types.uint8))
         for a in arguments
     )
@@ -143,6 +146,47 @@ def test_packing_leaves_the_neighbours_bits():
     after = np.unpackbits(mask, bitorder="little")
     assert after[3:23].all()
     np.testing.assert_array_equal(np.delete(after, np.s_[3:23]), np.delete(before, np.s_[3:23]))
+
+
+def write_planes(x, constants, y, mask, start, stop, S, streaming):
+    y, data = y.data, x.data
+    vector.normalize_run(
+        data, nothing(data), y, mask.data, 0, 1, start, stop, S,
+        vector.moved(constants.data, 5), False, streaming,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("S", [16, 17, 31, 50])
+@pytest.mark.parametrize("offset", range(16))
+@all_dtypes
+def test_planes_are_written_by_their_own_constants(S, offset, dtype):
+    """Lines that two planes share, for every place at which the first may begin in a line."""
+    memory = np.full(5 * S + 64, 3, dtype)
+    line = -memory.ctypes.data % 64 // memory.itemsize
+    y = memory[line + 16 + offset :][: 4 * S]
+    x = cases.normal(4 * S, dtype)
+    computed = np.float64 if dtype == np.float64 else np.float32
+    constants = np.zeros((4, 5), computed)
+    constants[:, 0], constants[:, 1], constants[:, 2] = [0, 1, 2, 3], [1, 2, 3, 4], [5, 6, 7, 8]
+    # Planes 1 to 3, from the line in which plane 1 begins, as far as plane 0 goes.
+    lanes = (y[S:].ctypes.data % min(64, 16 * y.itemsize)) // y.itemsize
+    for start in {0, -lanes}:
+        for streaming in (False, True):
+            memory.fill(3)
+            call(
+                write_planes, View(x[S:], 0, 0, 1), view(constants), View(y[S:], 0, 0, 1), None,
+                start, 3 * S, S, streaming,
+            )  # fmt: skip
+            planes = x.astype(computed).reshape(4, S)
+            wide = (planes - constants[:, :1]) * constants[:, 1:2] + constants[:, 2:3]
+            expected = wide.astype(dtype).ravel()
+            np.testing.assert_allclose(
+                y[S + start :].astype(np.float64), expected[S + start :].astype(np.float64),
+                rtol=0, atol=0.13 if dtype.itemsize == 2 else 64 * np.finfo(computed).eps,
+            )  # fmt: skip
+            before, after = line + 16 + offset + S + start, line + 16 + offset + 4 * S
+            untouched = np.concatenate([memory[:before], memory[after:]])
+            np.testing.assert_array_equal(untouched.astype(np.float64), 3)
 
 
 # Vector registers by instruction set, and the arithmetic on several numbers at once: x86's
