@@ -22,6 +22,7 @@ from .vector import (
     PARTIAL,
     SUMS,
     element,
+    fetch_run,
     finish_backward,
     finish_forward,
     first_number,
@@ -229,6 +230,8 @@ def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify)
     for t in range(tiles):
         if writes:
             start, stop = _written(maps.y, shape, n, last, writes, s, t == 0, t == tiles - 1, scope)
+            if not missing(maps.residual.data):
+                fetch_run(_ahead(maps.residual, shape, n, last, s), stop - start)
             _normalize_tile(maps, memory, shape, n, last, k, start, stop, rectify)
         if sums:
             _sum_tile(maps.x, maps.y, memory, shape, n, c, k, sums, piece, s, inner)

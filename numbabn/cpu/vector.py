@@ -344,6 +344,14 @@ SUMS = 4 * LANES
 
 
 @primitive
+def fetch_run(ahead, size):
+    """Prefetch a run."""
+    for i in range(0, size, LANES):
+        prefetch(ahead, i)
+    prefetch_line(ahead, size - 1)
+
+
+@primitive
 def sum_planes(x, ahead, step, slab, slab_step, count, size, shifts, shift_step, sums):
     """Add deviations and their squares: two totals, two sums of squares."""
     pairs, whole = size // (2 * LANES) * (2 * LANES), size // LANES * LANES
