@@ -306,6 +306,7 @@ def test_a_plan_changes_no_bit(size, changed, plans, operation, monkeypatch, req
     x, dy, residual = (random.standard_normal(size, dtype=np.float32) for _ in range(3))
     mean, invstd = np.zeros(size[1]), np.ones(size[1])
     _, _, _, mask = numbabn.batch_norm_forward(x, activation="relu")
+    source = x if operation == "forward" else dy
     cut = schedule._cut
     request.addfinalizer(schedule.forget)
     found = set()
@@ -322,25 +323,17 @@ def test_a_plan_changes_no_bit(size, changed, plans, operation, monkeypatch, req
             schedule.forget()
             out = np.full(x.size + 32, np.nan, np.float32)
             out = out[place : place + x.size].reshape(size)
-            if operation == "forward":
-                results = numbabn.batch_norm_forward(
-                    x, residual=residual, activation="relu", out=out
-                )
-            else:
-                results = numbabn.batch_norm_backward(
-                    dy, x, None, mean, invstd, mask=mask, with_residual=True, out=out
-                )
-            found.add(b"".join(result.tobytes() for result in results))
-            in_place = x.copy() if operation == "forward" else dy.copy()
-            if operation == "forward":
-                again = numbabn.batch_norm_forward(
-                    in_place, residual=residual, activation="relu", out=in_place
-                )
-            else:
-                again = numbabn.batch_norm_backward(
-                    in_place, x, None, mean, invstd, mask=mask, with_residual=True, out=in_place
-                )
-            found.add(b"".join(result.tobytes() for result in again))
+            in_place = source.copy()
+            for given, target in ((source, out), (in_place, in_place)):
+                if operation == "forward":
+                    results = numbabn.batch_norm_forward(
+                        given, residual=residual, activation="relu", out=target
+                    )
+                else:
+                    results = numbabn.batch_norm_backward(
+                        given, x, None, mean, invstd, mask=mask, with_residual=True, out=target
+                    )
+                found.add(b"".join(result.tobytes() for result in results))
     assert len(found) == 1
     if operation == "forward":
         expected, _, _ = reference.forward(x, residual=residual, activation="relu")
