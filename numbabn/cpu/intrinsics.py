@@ -419,6 +419,22 @@ def wide(typing_context, lanes):
 
 
 @intrinsic
+def halves(typing_context, lanes, other):
+    """Add the upper half of each to its lower half, and put both results side by side."""
+
+    def codegen(context, builder, signature, args):
+        low, high = (
+            builder.shuffle_vector(
+                *args, ir.Constant(_vector(_I32), [*range(k, k + 8), *range(k + 16, k + 24)])
+            )
+            for k in (0, LANES // 2)
+        )
+        return builder.fadd(low, high, flags=_FLAGS)
+
+    return lanes(lanes, other), codegen
+
+
+@intrinsic
 def keep_first(typing_context, lanes, count):
     """Keep the first `count` lanes, and put 0 in the others."""
 

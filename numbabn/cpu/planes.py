@@ -16,11 +16,12 @@ from numba import prange
 
 from .arguments import number, set_number
 from .compilation import inlined, kernel, primitive
-from .intrinsics import LANES, front, get, load, missing, moved, nothing, put, store_fence, together
+from .intrinsics import LANES, front, get, missing, moved, nothing, put, store_fence
 from .vector import (
     CONSTANTS,
     PARTIAL,
     SUMS,
+    both_sums,
     element,
     fetch_run,
     finish_backward,
@@ -209,12 +210,6 @@ def _start_sums(memory, count):
         put(memory.sums.data, i, 0.0)
 
 
-@inlined
-def _sum_of(memory, k):
-    """Sum the lanes of a group's sum ``k``."""
-    return together(load(memory.sums.data, k * LANES))
-
-
 @primitive
 def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify):
     """Write a piece of the group at `k` of block `before`, sum that of `block`; -1 is none."""
@@ -238,8 +233,7 @@ def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify)
         places += min(shape.tile, shape.S - s)
         n, s = _next(shape, n, s)
     for j in range(sums):
-        total = _sum_of(memory, 4 * j) + _sum_of(memory, 4 * j + 2)
-        squares = _sum_of(memory, 4 * j + 1) + _sum_of(memory, 4 * j + 3)
+        total, squares = both_sums(memory.sums.data, j)
         shift = get(partial(memory, shape, k + j, piece), 0)
         mean, m2 = moments(places, shift, total, squares)
         set_moments(memory, shape, k + j, piece, places, mean, m2)
@@ -433,7 +427,7 @@ def _backward_piece(maps, gradients, memory, shape, scope, block, before, k, pie
             _product_tile(maps, memory, shape, n, c, k, sums, piece, s, inner)
         n, s = _next(shape, n, s)
     for j in range(sums):
-        total, product = _sum_of(memory, 4 * j), _sum_of(memory, 4 * j + 1)
+        total, product = both_sums(memory.sums.data, j)
         set_products(memory, shape, k + j, piece, total, product)
 
 

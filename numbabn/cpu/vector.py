@@ -18,6 +18,7 @@ from .intrinsics import (
     computed,
     front,
     get,
+    halves,
     keep_first,
     keep_where,
     line_numbers,
@@ -340,7 +341,7 @@ def gradient_run(
 # and one shift or mean in `shifts`. `slab` gets a copy, for the sweep that writes; `ahead` is what
 # will be read some kilobytes later: numbers that begin within a line touch one line more.
 
-SUMS = 4 * LANES
+SUMS = LANES  # eight partial results of each of two sums
 
 
 @primitive
@@ -353,12 +354,11 @@ def fetch_run(ahead, size):
 
 @primitive
 def sum_planes(x, ahead, step, slab, slab_step, count, size, shifts, shift_step, sums):
-    """Add deviations and their squares: two totals, two sums of squares."""
+    """Add deviations and their squares."""
     pairs, whole = size // (2 * LANES) * (2 * LANES), size // LANES * LANES
     for j in range(count):
         k = spread(get(shifts, j * shift_step))
-        total, squares = load(sums, j * SUMS), load(sums, j * SUMS + LANES)
-        total_b, squares_b = load(sums, j * SUMS + 2 * LANES), load(sums, j * SUMS + 3 * LANES)
+        total = squares = total_b = squares_b = spread(0.0)
         for i in range(0, pairs, 2 * LANES):
             prefetch(ahead, i)
             prefetch(ahead, i + LANES)
@@ -380,10 +380,8 @@ def sum_planes(x, ahead, step, slab, slab_step, count, size, shifts, shift_step,
                 transfer_first(slab, whole, x, whole, size - whole)
             total_b, squares_b = total_b + d, squares_b + d * d
         prefetch_line(ahead, size - 1)
-        store(sums, j * SUMS, total)
-        store(sums, j * SUMS + LANES, squares)
-        store(sums, j * SUMS + 2 * LANES, total_b)
-        store(sums, j * SUMS + 3 * LANES, squares_b)
+        both = halves(total + total_b, squares + squares_b)
+        store(sums, j * SUMS, load(sums, j * SUMS) + both)
         x, ahead = moved(x, step), moved(ahead, step)
         if not missing(slab):
             slab = moved(slab, slab_step)
@@ -398,7 +396,7 @@ def product_planes(
     whole = size // LANES * LANES
     for j in range(count):
         k = spread(get(shifts, j * shift_step))
-        total, product = load(sums, j * SUMS), load(sums, j * SUMS + LANES)
+        total = product = spread(0.0)
         for i in range(0, whole, LANES):
             prefetch(ahead_dy, i)
             prefetch(ahead_x, i)
@@ -419,12 +417,25 @@ def product_planes(
             total, product = total + wide(g), product + wide(g) * d
         prefetch_line(ahead_dy, size - 1)
         prefetch_line(ahead_x, size - 1)
-        store(sums, j * SUMS, total)
-        store(sums, j * SUMS + LANES, product)
+        store(sums, j * SUMS, load(sums, j * SUMS) + halves(total, product))
         dy, ahead_dy, bit = moved(dy, dy_step), moved(ahead_dy, dy_step), bit + bit_step
         x, ahead_x = moved(x, x_step), moved(ahead_x, x_step)
         if not missing(slab_x):
             slab_dy, slab_x = moved(slab_dy, slab_step), moved(slab_x, slab_step)
+
+
+@inlined
+def both_sums(sums, k):
+    """Give both sums of plane ``k``."""
+    at = moved(sums, k * SUMS)
+    return _eight(at), _eight(moved(at, LANES // 2))
+
+
+@inlined
+def _eight(at):
+    return ((get(at, 0) + get(at, 1)) + (get(at, 2) + get(at, 3))) + (
+        (get(at, 4) + get(at, 5)) + (get(at, 6) + get(at, 7))
+    )
 
 
 @inlined
