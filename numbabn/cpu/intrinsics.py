@@ -258,6 +258,10 @@ def narrow(builder, stored, value):
         quiet = builder.or_(bits, constant(_I32, 0x00400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
         kept = builder.select(is_nan, quiet, rounded)
+        if many:
+            words = builder.bitcast(kept, ir.VectorType(_I16, 2 * LANES))
+            upper = ir.Constant(_vector(_I32), list(range(1, 2 * LANES, 2)))
+            return builder.shuffle_vector(words, words, upper)
         return builder.trunc(builder.lshr(kept, constant(_I32, 16)), kind(_I16))
     return value
 
@@ -354,6 +358,12 @@ def transfer_first(typing_context, target, to, source, start, count):
     return types.void(target, types.intp, source, types.intp, types.intp), codegen
 
 
+def _hidden_zero(builder):
+    """Give a 0 of sixteen bits of which LLVM does not know that it is 0."""
+    kind = ir.FunctionType(_I64, [_I64])
+    return builder.trunc(builder.asm(kind, "", "=r,0", [ir.Constant(_I64, 0)], False), _I16)
+
+
 def _storing(streaming):
     @intrinsic
     def store(typing_context, pointer, index, lanes):
@@ -361,6 +371,9 @@ def _storing(streaming):
             at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
             value = narrow(builder, signature.args[0].dtype, args[2])
             align = _line_bytes(signature.args[0]) if streaming else itemsize
+            if streaming and signature.args[0].dtype == FLOAT16:
+                # LLVM's x86 code generator streams integers, but not what it knows to be halves.
+                value = builder.or_(value, _every(builder, _hidden_zero(builder)))
             instruction = builder.store(value, at, align=align)
             if streaming:
                 one = builder.module.add_metadata([ir.Constant(_I32, 1)])
@@ -489,14 +502,14 @@ def relu(typing_context, lanes):
 
 @intrinsic
 def passed(typing_context, lanes, pointer):
-    """Give one bit for each lane that is not 0 as `pointer` stores it."""
+    """Give one bit for each lane, none below 0, that is not 0 as `pointer` stores it.
+
+    What is at most half of the smallest number above 0 is rounded to 0.
+    """
+    half = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}.get(pointer.dtype, 0.0)
 
     def codegen(context, builder, signature, args):
-        value = narrow(builder, signature.args[1].dtype, args[0])
-        if isinstance(value.type.element, ir.IntType):
-            bits = builder.icmp_unsigned("!=", value, ir.Constant(value.type, None))
-        else:
-            bits = builder.fcmp_unordered("!=", value, ir.Constant(value.type, None))
+        bits = builder.fcmp_unordered(">", args[0], _constant(args[0].type.element, half))
         return builder.zext(builder.bitcast(bits, _I16), _I64)
 
     return types.intp(lanes, pointer), codegen
