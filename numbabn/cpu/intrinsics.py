@@ -459,6 +459,18 @@ def keep_first(typing_context, lanes, count):
 
 
 @intrinsic
+def keep_finite(typing_context, lanes, other):
+    """Take the lanes of `other` where those of `lanes` are infinite or not numbers."""
+
+    def codegen(context, builder, signature, args):
+        difference = builder.fsub(args[0], args[0])  # a number where the lane is finite
+        finite = builder.fcmp_ordered("ord", difference, difference)
+        return builder.select(finite, *args)
+
+    return lanes(lanes, other), codegen
+
+
+@intrinsic
 def blend(typing_context, lanes, other, count):
     """Take the first `count` lanes of one, the rest of the other."""
 

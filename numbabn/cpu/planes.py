@@ -12,6 +12,7 @@ next plane, which starts there: a line in two parts would first have to be read,
 waits for memory holds up all the stores behind it.
 """
 
+import numpy as np
 from numba import prange
 
 from .arguments import number, set_number
@@ -19,7 +20,6 @@ from .compilation import inlined, kernel, primitive
 from .intrinsics import LANES, front, get, missing, moved, nothing, put, store_fence
 from .vector import (
     CONSTANTS,
-    PARTIAL,
     SUMS,
     both_sums,
     element,
@@ -32,17 +32,13 @@ from .vector import (
     keep_front,
     keep_gated_front,
     lead,
-    merged_moments,
-    merged_products,
+    merge,
     moments,
     normalize_run,
     of_thread,
-    partial,
     product_planes,
     running_affine,
     scatter,
-    set_moments,
-    set_products,
     share,
     spares_of,
     sum_planes,
@@ -54,6 +50,7 @@ PLANE_PIECE = 1 << 14  # elements of a channel that are summed together, at leas
 PLANE_PIECES = 64  # ... and pieces of a channel, at most
 PLANE_AHEAD = 1536  # elements from what is summed to what is fetched, about
 SPARE = PLANE_TILE + LANES  # elements of a spare tile
+PARTIAL = 3  # numbers left of a piece of a channel: count, mean and M2, or two sums
 
 
 def tiling(N: int, S: int) -> tuple[int, int, int, int]:
@@ -94,6 +91,51 @@ def _channels(shape, block, k):
 def _constants(memory, k):
     """Constants of the block's channel ``k``; those of the channel before the block lie before."""
     return moved(memory.constants.data, (k + 1) * CONSTANTS)
+
+
+@inlined
+def _partial(memory, shape, k, piece):
+    """Where the sums of a piece of the block's channel ``k`` are kept."""
+    return moved(memory.partials.data, (k * shape.pieces + piece) * PARTIAL)
+
+
+@inlined
+def _set_moments(memory, shape, k, piece, count, mean, m2):
+    """Keep a piece's moments."""
+    at = _partial(memory, shape, k, piece)
+    put(at, 0, np.float64(count))
+    put(at, 1, mean)
+    put(at, 2, m2)
+
+
+@inlined
+def _set_products(memory, shape, k, piece, total, product):
+    """Keep a piece's sums of dy, and of dy * (x - mean)."""
+    at = _partial(memory, shape, k, piece)
+    put(at, 0, total)
+    put(at, 1, product)
+
+
+@inlined
+def _merged_moments(memory, shape, k):
+    """Count, mean and M2 of a channel."""
+    at = _partial(memory, shape, k, 0)
+    count, mean, m2 = get(at, 0), get(at, 1), get(at, 2)
+    for piece in range(1, shape.pieces):
+        at = _partial(memory, shape, k, piece)
+        count, mean, m2 = merge(count, mean, m2, get(at, 0), get(at, 1), get(at, 2))
+    return count, mean, m2
+
+
+@inlined
+def _merged_products(memory, shape, k):
+    """Add up what is left of a channel's pieces."""
+    total, product = 0.0, 0.0
+    for piece in range(shape.pieces):
+        at = _partial(memory, shape, k, piece)
+        total += get(at, 0)
+        product += get(at, 1)
+    return total, product
 
 
 @inlined
@@ -199,7 +241,7 @@ def _sum_tile(x, y, memory, shape, n, c, k, count, piece, s, inner):
         slab = moved(slab, s)
     sum_planes(
         moved(_near(x, n, c, s, s + size, memory.spares, 0), s), ahead, x.dc, slab, shape.S,
-        count, size, partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
+        count, size, _partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
     )  # fmt: skip
 
 
@@ -220,7 +262,7 @@ def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify)
     _start_sums(memory, sums)
     for j in range(sums):
         first = first_number(element(maps.x, n, c + j, s), 0)
-        put(partial(memory, shape, k + j, piece), 0, first)
+        put(_partial(memory, shape, k + j, piece), 0, first)
     places = 0
     for t in range(tiles):
         if writes:
@@ -234,9 +276,9 @@ def _forward_piece(maps, memory, shape, scope, block, before, k, piece, rectify)
         n, s = _next(shape, n, s)
     for j in range(sums):
         total, squares = both_sums(memory.sums.data, j)
-        shift = get(partial(memory, shape, k + j, piece), 0)
+        shift = get(_partial(memory, shape, k + j, piece), 0)
         mean, m2 = moments(places, shift, total, squares)
-        set_moments(memory, shape, k + j, piece, places, mean, m2)
+        _set_moments(memory, shape, k + j, piece, places, mean, m2)
 
 
 @primitive
@@ -258,7 +300,7 @@ def _finish_forward(x, memory, shape, parameters, settings, block):
     _keep_last_constants(memory, shape)
     for k in range(min(shape.block, shape.C - block * shape.block)):
         c = block * shape.block + k
-        count, mean, m2 = merged_moments(memory, shape, k)
+        count, mean, m2 = _merged_moments(memory, shape, k)
         values = finish_forward(x, c, count, mean, m2, parameters, settings)
         _set_constants(memory, k, values)
 
@@ -328,7 +370,7 @@ def statistics_planes(maps, mean, m2, memory, shape):
         first, last = share(_tasks(shape), t, shape.threads)
         _forward_tasks(maps, spares_of(memory, t), shape, (0, shape.C), 0, -1, first, last, False)
     for c in range(shape.C):
-        _, channel_mean, channel_m2 = merged_moments(memory, shape, c)
+        _, channel_mean, channel_m2 = _merged_moments(memory, shape, c)
         set_number(mean, c, channel_mean)
         set_number(m2, c, channel_m2)
 
@@ -384,7 +426,7 @@ def _product_tile(maps, memory, shape, n, c, k, count, piece, s, inner):
         moved(_near(dy, n, c, s, s + size, spares, 0), s), ahead_dy, dy.dc,
         moved(_near(x, n, c, s, s + size, spares, 1), s), ahead_x, x.dc,
         slab_dy, slab_x, shape.S, mask.data, bit + s * mask.ds, mask.dc, mask.ds,
-        count, size, partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
+        count, size, _partial(memory, shape, k, piece), shape.pieces * PARTIAL, memory.sums.data,
     )  # fmt: skip
 
 
@@ -416,7 +458,7 @@ def _backward_piece(maps, gradients, memory, shape, scope, block, before, k, pie
     n, s, tiles = _start(shape, piece)
     _start_sums(memory, sums)
     for j in range(sums):
-        put(partial(memory, shape, k + j, piece), 0, number(gradients.mean, c + j))
+        put(_partial(memory, shape, k + j, piece), 0, number(gradients.mean, c + j))
     for t in range(tiles):
         if writes:
             start, stop = _written(
@@ -428,7 +470,7 @@ def _backward_piece(maps, gradients, memory, shape, scope, block, before, k, pie
         n, s = _next(shape, n, s)
     for j in range(sums):
         total, product = both_sums(memory.sums.data, j)
-        set_products(memory, shape, k + j, piece, total, product)
+        _set_products(memory, shape, k + j, piece, total, product)
 
 
 @primitive
@@ -437,7 +479,7 @@ def _finish_backward(x, gradients, memory, shape, block):
     _keep_last_constants(memory, shape)
     for k in range(min(shape.block, shape.C - block * shape.block)):
         c = block * shape.block + k
-        total, product = merged_products(memory, shape, k)
+        total, product = _merged_products(memory, shape, k)
         values = finish_backward(x, c, shape.N * shape.S, total, product, gradients)
         _set_constants(memory, k, values)
 

@@ -6,29 +6,27 @@ while the next are summed, as with planes, read memory once, but in short pieces
 slower. Sums are taken in pieces of the rows and merged: their tree depends on the shape alone.
 """
 
+import numpy as np
 from numba import prange
 
 from .arguments import number, set_number
 from .compilation import inlined, kernel, primitive
-from .intrinsics import LANES, front, get, missing, moved, put, store_fence
+from .intrinsics import LANES, front, get, load, missing, moved, put, spread, store, store_fence
 from .vector import (
     COLUMNS,
+    column_moments,
     element,
     finish_backward,
     finish_forward,
     first_number,
     gather,
     gradient_block,
-    merged_moments,
-    merged_products,
-    moments,
+    merge_columns,
     normalize_block,
     product_columns,
     product_few_columns,
     running_affine,
     scatter,
-    set_moments,
-    set_products,
     share,
     spares_of,
     sum_columns,
@@ -42,6 +40,11 @@ ROW_JOINED = 512  # columns of short rows without a gap that are written as one,
 ROW_AHEAD = 4096  # elements from what is summed to what is fetched, about
 SPARE = COLUMNS + LANES  # elements of a spare row
 SPARES = 4 * ROW_TILE  # spare rows: a tile of each map
+
+
+def partials_row(columns: int) -> int:
+    """Numbers that are left of a piece of all columns: twice as many."""
+    return 2 * -(-columns // LANES) * LANES
 
 
 def tiling(rows: int) -> tuple[int, int]:
@@ -74,6 +77,27 @@ def _constants(memory, shape, target, k):
 def _sums(memory, shape, k):
     """Per column of a block, shift, total and squares, or mean, total and product."""
     return moved(memory.sums.data, k * (shape.block + LANES))
+
+
+@inlined
+def _partial(memory, shape, piece, k, c):
+    """Where a piece's means and M2, or its two sums, are kept, from column ``c`` on."""
+    row = -(-shape.C // LANES) * LANES
+    return moved(memory.partials.data, (2 * piece + k) * row + c)
+
+
+@inlined
+def _start_sums(memory, shape, width):
+    """Set the sums of columns to 0."""
+    for k in range(0, width, LANES):
+        store(_sums(memory, shape, 1), k, spread(0.0))
+        store(_sums(memory, shape, 2), k, spread(0.0))
+
+
+@inlined
+def _rows_of(shape, piece):
+    """First and last row of a piece."""
+    return piece * shape.piece, min((piece + 1) * shape.piece, shape.N * shape.S)
 
 
 @inlined
@@ -128,12 +152,10 @@ def _side_by_side(a, b, c, d):
 
 @inlined
 def _task(shape, task):
-    """First column, columns, piece, and first and last row of what a thread sums in one go."""
+    """First column, columns and piece of what a thread sums in one go."""
     blocks = -(-shape.C // shape.block)
     piece, c = task // blocks, task % blocks * shape.block
-    start = piece * shape.piece
-    stop = min(start + shape.piece, shape.N * shape.S)
-    return c, min(shape.block, shape.C - c), piece, start, stop
+    return c, min(shape.block, shape.C - c), piece
 
 
 @inlined
@@ -166,28 +188,52 @@ def _sum_tile(x, memory, shape, n, c, width, s, rows):
         at += count
 
 
+@inlined
+def _keep_moments(memory, shape, piece, c, width):
+    """Keep the moments of columns of a piece."""
+    start, stop = _rows_of(shape, piece)
+    column_moments(
+        width, stop - start, _sums(memory, shape, 0), _sums(memory, shape, 1),
+        _sums(memory, shape, 2), _partial(memory, shape, piece, 0, c),
+        _partial(memory, shape, piece, 1, c),
+    )  # fmt: skip
+
+
+@inlined
+def _columns_of(shape, t):
+    """First and last column that a thread finishes."""
+    first, last = share(-(-shape.C // LANES), t, shape.threads)
+    return first * LANES, min(last * LANES, shape.C)
+
+
 @primitive
 def _sum_rows(x, memory, shape, task):
     """Take the moments of a block of columns of a piece."""
-    c, width, piece, start, stop = _task(shape, task)
-    shift, total, squares = (
-        _sums(memory, shape, 0),
-        _sums(memory, shape, 1),
-        _sums(memory, shape, 2),
-    )
-    n, s, _ = _tile(shape, start, stop)
+    c, width, piece = _task(shape, task)
+    row, stop = _rows_of(shape, piece)
+    n, s, _ = _tile(shape, row, stop)
     for k in range(width):
-        put(shift, k, first_number(element(x, n, c + k, s), 0))
-        put(total, k, 0.0)
-        put(squares, k, 0.0)
-    row = start
+        put(_sums(memory, shape, 0), k, first_number(element(x, n, c + k, s), 0))
+    _start_sums(memory, shape, width)
     while row < stop:
         n, s, rows = _tile(shape, row, stop)
         _sum_tile(x, memory, shape, n, c, width, s, rows)
         row += rows
-    for k in range(width):
-        mean, m2 = moments(stop - start, get(shift, k), get(total, k), get(squares, k))
-        set_moments(memory, shape, c + k, piece, stop - start, mean, m2)
+    _keep_moments(memory, shape, piece, c, width)
+
+
+@inlined
+def _merged_moments(memory, shape, c):
+    """Mean and M2 of sixteen columns."""
+    start, stop = _rows_of(shape, 0)
+    count = np.float64(stop - start)
+    mean, m2 = load(_partial(memory, shape, 0, 0, c), 0), load(_partial(memory, shape, 0, 1, c), 0)
+    for piece in range(1, shape.pieces):
+        start, stop = _rows_of(shape, piece)
+        mean_b = load(_partial(memory, shape, piece, 0, c), 0)
+        m2_b = load(_partial(memory, shape, piece, 1, c), 0)
+        count, mean, m2 = merge_columns(count, mean, m2, np.float64(stop - start), mean_b, m2_b)
+    return mean, m2
 
 
 @inlined
@@ -269,58 +315,56 @@ def _set_constants(memory, shape, target, c, values):
 
 @primitive
 def _finish_forward(maps, memory, shape, parameters, settings, first, last):
-    """Save the statistics of some channels, and what writing them takes."""
-    for c in range(first, last):
-        count, mean, m2 = merged_moments(memory, shape, c)
-        values = finish_forward(maps.x, c, count, mean, m2, parameters, settings)
-        _set_constants(memory, shape, maps.y, c, values)
+    """Save the statistics of some columns, and what writing them takes."""
+    mean, m2 = _sums(memory, shape, 0), _sums(memory, shape, 1)
+    for at in range(first, last, LANES):
+        merged = _merged_moments(memory, shape, at)
+        store(mean, 0, merged[0])
+        store(m2, 0, merged[1])
+        for k in range(min(LANES, last - at)):
+            values = finish_forward(
+                maps.x, at + k, shape.N * shape.S, get(mean, k), get(m2, k), parameters, settings
+            )
+            _set_constants(memory, shape, maps.y, at + k, values)
 
 
 @primitive
-def _forward_share(maps, memory, shape, parameters, settings, t):
-    """Sum a thread's share; whole columns are finished at once."""
+def _sum_share(x, memory, shape, t):
+    """Sum a thread's pieces of whole columns, or blocks of columns of them."""
     first, last = share(_tasks(shape), t, shape.threads)
     for task in range(first, last):
-        _sum_rows(maps.x, spares_of(memory, t), shape, task)
-        if shape.pieces == 1:
-            c, width, _, _, _ = _task(shape, task)
-            _finish_forward(maps, memory, shape, parameters, settings, c, c + width)
+        _sum_rows(x, spares_of(memory, t), shape, task)
 
 
 @primitive
 def _finish_forward_share(maps, memory, shape, parameters, settings, t):
-    first, last = share(shape.C, t, shape.threads)
-    _finish_forward(maps, memory, shape, parameters, settings, first, last)
+    first, last = _columns_of(shape, t)
+    _finish_forward(maps, spares_of(memory, t), shape, parameters, settings, first, last)
 
 
 @kernel("Forward", "Parameters", "Settings")
 def forward_rows(maps, parameters, settings, memory, shape):
     """Statistics, normalize and running averages."""
     for t in prange(shape.threads):
-        _forward_share(maps, memory, shape, parameters, settings, t)
-    if shape.pieces > 1:
-        for t in prange(shape.threads):
-            _finish_forward_share(maps, memory, shape, parameters, settings, t)
+        _sum_share(maps.x, memory, shape, t)
+    for t in prange(shape.threads):
+        _finish_forward_share(maps, memory, shape, parameters, settings, t)
     for t in prange(shape.threads):
         _normalize_share(maps, memory, shape, settings.rectify, t)
-
-
-@primitive
-def _statistics_share(x, memory, shape, t):
-    first, last = share(_tasks(shape), t, shape.threads)
-    for task in range(first, last):
-        _sum_rows(x, spares_of(memory, t), shape, task)
 
 
 @kernel("Forward", "Numbers", "Numbers")
 def statistics_rows(maps, mean, m2, memory, shape):
     """Mean and M2 of each channel."""
     for t in prange(shape.threads):
-        _statistics_share(maps.x, memory, shape, t)
-    for c in range(shape.C):
-        _, channel_mean, channel_m2 = merged_moments(memory, shape, c)
-        set_number(mean, c, channel_mean)
-        set_number(m2, c, channel_m2)
+        _sum_share(maps.x, memory, shape, t)
+    for c in range(0, shape.C, LANES):
+        merged = _merged_moments(memory, shape, c)
+        store(_sums(memory, shape, 0), 0, merged[0])
+        store(_sums(memory, shape, 1), 0, merged[1])
+        for k in range(min(LANES, shape.C - c)):
+            set_number(mean, c + k, get(_sums(memory, shape, 0), k))
+            set_number(m2, c + k, get(_sums(memory, shape, 1), k))
 
 
 @primitive
@@ -369,22 +413,27 @@ def _product_tile(maps, memory, shape, n, c, width, s, rows):
         at += count
 
 
+@inlined
+def _keep_products(memory, shape, piece, c, width):
+    """Keep the sums of columns of a piece."""
+    for k in range(0, width, LANES):
+        store(_partial(memory, shape, piece, 0, c), k, load(_sums(memory, shape, 1), k))
+        store(_partial(memory, shape, piece, 1, c), k, load(_sums(memory, shape, 2), k))
+
+
 @primitive
 def _product_rows(maps, gradients, memory, shape, task):
     """Sum dy, and dy * (x - mean), of a block of columns of a piece."""
-    c, width, piece, start, stop = _task(shape, task)
-    mean, total, product = _sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2)
+    c, width, piece = _task(shape, task)
+    row, stop = _rows_of(shape, piece)
     for k in range(width):
-        put(mean, k, number(gradients.mean, c + k))
-        put(total, k, 0.0)
-        put(product, k, 0.0)
-    row = start
+        put(_sums(memory, shape, 0), k, number(gradients.mean, c + k))
+    _start_sums(memory, shape, width)
     while row < stop:
         n, s, rows = _tile(shape, row, stop)
         _product_tile(maps, memory, shape, n, c, width, s, rows)
         row += rows
-    for k in range(width):
-        set_products(memory, shape, c + k, piece, get(total, k), get(product, k))
+    _keep_products(memory, shape, piece, c, width)
 
 
 @inlined
@@ -431,36 +480,42 @@ def _gradient_share(maps, memory, shape, training, t):
 @primitive
 def _finish_backward(maps, gradients, memory, shape, first, last):
     """Save the gradients by some weights and biases, and what writing dx takes."""
-    for c in range(first, last):
-        total, product = merged_products(memory, shape, c)
-        values = finish_backward(maps.x, c, shape.N * shape.S, total, product, gradients)
-        _set_constants(memory, shape, maps.dx, c, values)
+    totals, products = _sums(memory, shape, 0), _sums(memory, shape, 1)
+    for at in range(first, last, LANES):
+        total = product = spread(0.0)
+        for piece in range(shape.pieces):
+            total = total + load(_partial(memory, shape, piece, 0, at), 0)
+            product = product + load(_partial(memory, shape, piece, 1, at), 0)
+        store(totals, 0, total)
+        store(products, 0, product)
+        for k in range(min(LANES, last - at)):
+            c = at + k
+            values = finish_backward(
+                maps.x, c, shape.N * shape.S, get(totals, k), get(products, k), gradients
+            )
+            _set_constants(memory, shape, maps.dx, c, values)
 
 
 @primitive
-def _backward_share(maps, gradients, memory, shape, t):
-    """Sum a thread's share; whole columns are finished at once."""
+def _product_share(maps, gradients, memory, shape, t):
+    """Sum a thread's pieces of whole columns, or blocks of columns of them."""
     first, last = share(_tasks(shape), t, shape.threads)
     for task in range(first, last):
         _product_rows(maps, gradients, spares_of(memory, t), shape, task)
-        if shape.pieces == 1:
-            c, width, _, _, _ = _task(shape, task)
-            _finish_backward(maps, gradients, memory, shape, c, c + width)
 
 
 @primitive
 def _finish_backward_share(maps, gradients, memory, shape, t):
-    first, last = share(shape.C, t, shape.threads)
-    _finish_backward(maps, gradients, memory, shape, first, last)
+    first, last = _columns_of(shape, t)
+    _finish_backward(maps, gradients, spares_of(memory, t), shape, first, last)
 
 
 @kernel("Backward", "Gradients", "Flag")
 def backward_rows(maps, gradients, training, memory, shape):
     """Gradients by x, weight, bias and residual."""
     for t in prange(shape.threads):
-        _backward_share(maps, gradients, memory, shape, t)
-    if shape.pieces > 1:
-        for t in prange(shape.threads):
-            _finish_backward_share(maps, gradients, memory, shape, t)
+        _product_share(maps, gradients, memory, shape, t)
+    for t in prange(shape.threads):
+        _finish_backward_share(maps, gradients, memory, shape, t)
     for t in prange(shape.threads):
         _gradient_share(maps, memory, shape, training, t)

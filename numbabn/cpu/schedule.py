@@ -19,7 +19,7 @@ from . import planes, rows
 from .arguments import Memory, Shape
 from .compilation import threads_for
 from .intrinsics import LANES, LINE
-from .vector import COLUMNS, CONSTANTS, PARTIAL, SUMS
+from .vector import COLUMNS, CONSTANTS, SUMS
 
 # numba compiles no 16-bit floats: kernels take the integers that hold their bits.
 STORED = {
@@ -94,7 +94,7 @@ def _cut_planes(
         slab = 0
     return _Cut(
         shape, slab, 4 * planes.SPARE, group * SUMS,
-        (block + 1) * CONSTANTS + LANES, block * pieces * PARTIAL,
+        (block + 1) * CONSTANTS + LANES, block * pieces * planes.PARTIAL,
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _cut_rows(
     )  # fmt: skip
     return _Cut(
         shape, 0, rows.SPARES * rows.SPARE, 3 * (block + LANES),
-        CONSTANTS * (group * C + 4 * LANES), C * pieces * PARTIAL,
+        CONSTANTS * (group * C + 4 * LANES), pieces * rows.partials_row(C),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from .intrinsics import (
     front,
     get,
     halves,
+    keep_finite,
     keep_first,
     keep_where,
     line_numbers,
@@ -558,6 +559,25 @@ def product_few_columns(
     store(product, 0, p)
 
 
+@primitive
+def column_moments(width, count, shift, total, squares, mean, m2):
+    """`moments` of columns; there is room for whole Lanes of all of them."""
+    part = spread(1.0 / count)
+    for k in range(0, width, LANES):
+        t = load(total, k)
+        store(mean, k, load(shift, k) + t * part)
+        store(m2, k, load(squares, k) - t * t * part)
+
+
+@inlined
+def merge_columns(count, mean, m2, count_b, mean_b, m2_b):
+    """`merge` of sixteen columns."""
+    part = count_b / (count + count_b)
+    delta = mean_b - mean
+    step = keep_finite(delta * spread(part), mean_b)
+    return count + count_b, mean + step, m2 + m2_b + delta * delta * spread(count * part)
+
+
 TARGET_AHEAD = 16  # rows from what is written to a broken line that is fetched
 
 
@@ -632,54 +652,7 @@ def gradient_block(
         )  # fmt: skip
 
 
-# Channels that are summed: partial results, and what writing takes of them.
-
-PARTIAL = 3  # numbers that are left of a piece of a channel: count, mean and M2, or two sums
-
-
-@inlined
-def partial(memory, shape, k, piece):
-    """Where the sums of a piece of the block's channel ``k`` are kept."""
-    return moved(memory.partials.data, (k * shape.pieces + piece) * PARTIAL)
-
-
-@inlined
-def set_moments(memory, shape, k, piece, count, mean, m2):
-    """Keep a piece's moments."""
-    at = partial(memory, shape, k, piece)
-    put(at, 0, np.float64(count))
-    put(at, 1, mean)
-    put(at, 2, m2)
-
-
-@inlined
-def set_products(memory, shape, k, piece, total, product):
-    """Keep a piece's sums of dy, and of dy * (x - mean)."""
-    at = partial(memory, shape, k, piece)
-    put(at, 0, total)
-    put(at, 1, product)
-
-
-@inlined
-def merged_moments(memory, shape, k):
-    """Count, mean and M2 of a channel."""
-    at = partial(memory, shape, k, 0)
-    count, mean, m2 = get(at, 0), get(at, 1), get(at, 2)
-    for piece in range(1, shape.pieces):
-        at = partial(memory, shape, k, piece)
-        count, mean, m2 = merge(count, mean, m2, get(at, 0), get(at, 1), get(at, 2))
-    return count, mean, m2
-
-
-@inlined
-def merged_products(memory, shape, k):
-    """Add up what is left of a channel's pieces."""
-    total, product = 0.0, 0.0
-    for piece in range(shape.pieces):
-        at = partial(memory, shape, k, piece)
-        total += get(at, 0)
-        product += get(at, 1)
-    return total, product
+# Channels that are summed, and what writing takes of them.
 
 
 @inlined
