@@ -126,7 +126,7 @@ def _pays(nbytes: int, shape: Shape) -> bool:
     return (
         shape.streaming
         and blocks > copies
-        and cache_bytes(2) // 4 < nbytes
+        and cache_bytes(2) * 3 // 8 < nbytes
         and nbytes * copies <= cache_bytes(3) // 2
     )
 
