@@ -562,11 +562,11 @@ def product_few_columns(
 @primitive
 def column_moments(width, count, shift, total, squares, mean, m2):
     """`moments` of columns; there is room for whole Lanes of all of them."""
-    part = spread(1.0 / count)
+    n = spread(np.float64(count))
     for k in range(0, width, LANES):
         t = load(total, k)
-        store(mean, k, load(shift, k) + t * part)
-        store(m2, k, load(squares, k) - t * t * part)
+        store(mean, k, load(shift, k) + t / n)
+        store(m2, k, load(squares, k) - t * t / n)
 
 
 @inlined

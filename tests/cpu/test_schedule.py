@@ -250,7 +250,7 @@ def planes_cut(made, summed, block, group, together, threads, kept):
         slab=slab if kept else 0,
         sums=group * vector.SUMS,
         constants=(block + 1) * vector.CONSTANTS + 16,
-        partials=block * shape.pieces * vector.PARTIAL,
+        partials=block * shape.pieces * planes.PARTIAL,
     )
 
 
