@@ -27,6 +27,7 @@ from .intrinsics import (
     load_part,
     missing,
     moved,
+    nothing,
     or_byte,
     passed,
     prefetch,
@@ -138,7 +139,8 @@ def _gated(dy, i, mask, bit, step):
     return g
 
 
-# What is written of sixteen numbers, and of fewer.
+# What is written of sixteen numbers, and of fewer. Loops without residual and mask are written out:
+# LLVM left both to be asked for in every turn, which took rows twice as long.
 
 
 @inlined
@@ -275,11 +277,18 @@ def normalize_run(x, residual, y, mask, bit, step, start, stop, S, constants, re
     carry = -1
     while i + LANES <= stop:
         last = i + (min(end, stop) - i) // LANES * LANES
-        for j in range(i, last, LANES):
-            carry = normalize_lanes(
-                x, residual, y, mask, bit, step, j, held[0], held[1], held[2], rectify, streaming,
-                carry,
-            )  # fmt: skip
+        if missing(residual) and missing(mask):
+            for j in range(i, last, LANES):
+                normalize_lanes(
+                    x, nothing(x), y, nothing(mask), 0, 0, j, held[0], held[1], held[2],
+                    rectify, streaming, 0,
+                )  # fmt: skip
+        else:
+            for j in range(i, last, LANES):
+                carry = normalize_lanes(
+                    x, residual, y, mask, bit, step, j, held[0], held[1], held[2],
+                    rectify, streaming, carry,
+                )  # fmt: skip
         i = last
         if i + LANES <= stop:
             k += 1
@@ -315,11 +324,18 @@ def gradient_run(
     i += LANES
     while i + LANES <= stop:
         last = i + (min(end, stop) - i) // LANES * LANES
-        for j in range(i, last, LANES):
-            gradient_lanes(
-                dy, x, dx, dresidual, mask, bit, step, j,
-                held[0], held[1], held[2], held[3], held[4], training, streaming,
-            )  # fmt: skip
+        if missing(dresidual) and missing(mask):
+            for j in range(i, last, LANES):
+                gradient_lanes(
+                    dy, x, dx, nothing(dx), nothing(mask), 0, 0, j,
+                    held[0], held[1], held[2], held[3], held[4], training, streaming,
+                )  # fmt: skip
+        else:
+            for j in range(i, last, LANES):
+                gradient_lanes(
+                    dy, x, dx, dresidual, mask, bit, step, j,
+                    held[0], held[1], held[2], held[3], held[4], training, streaming,
+                )  # fmt: skip
         i = last
         if i + LANES <= stop:
             k += 1
@@ -607,11 +623,19 @@ def normalize_block(
                 mean, scale, shift, rectify,
             )  # fmt: skip
             i += LANES
-        while i + LANES <= stop:
-            carry = normalize_lanes(
-                row, plus, to, mask, at, step, i, mean, scale, shift, rectify, streaming, carry
-            )
-            i += LANES
+        last = i + (stop - i) // LANES * LANES
+        if missing(residual) and missing(mask):
+            for j in range(i, last, LANES):
+                normalize_lanes(
+                    row, nothing(x), to, nothing(mask), 0, 0, j, mean, scale, shift,
+                    rectify, streaming, 0,
+                )  # fmt: skip
+        else:
+            for j in range(i, last, LANES):
+                carry = normalize_lanes(
+                    row, plus, to, mask, at, step, j, mean, scale, shift, rectify, streaming, carry
+                )
+        i = max(i, last)
         if carry > 0 and step == 1:
             or_byte(mask, (at + i) >> 3, np.uint8(carry))
         normalize_part(row, plus, to, mask, at, step, i, 0, stop - i, mean, scale, shift, rectify)
@@ -640,12 +664,20 @@ def gradient_block(
                 dy_mean, mean, slope, scale, shift, training,
             )  # fmt: skip
             i += LANES
-        while i + LANES <= stop:
-            gradient_lanes(
-                row_dy, row, to, passed_on, mask, at, step, i,
-                dy_mean, mean, slope, scale, shift, training, streaming,
-            )  # fmt: skip
-            i += LANES
+        last = i + (stop - i) // LANES * LANES
+        if missing(dresidual) and missing(mask):
+            for j in range(i, last, LANES):
+                gradient_lanes(
+                    row_dy, row, to, nothing(dx), nothing(mask), 0, 0, j,
+                    dy_mean, mean, slope, scale, shift, training, streaming,
+                )  # fmt: skip
+        else:
+            for j in range(i, last, LANES):
+                gradient_lanes(
+                    row_dy, row, to, passed_on, mask, at, step, j,
+                    dy_mean, mean, slope, scale, shift, training, streaming,
+                )  # fmt: skip
+        i = max(i, last)
         gradient_part(
             row_dy, row, to, passed_on, mask, at, step, i, 0, stop - i,
             dy_mean, mean, slope, scale, shift, training,
