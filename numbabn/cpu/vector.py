@@ -404,6 +404,16 @@ def sum_planes(x, ahead, step, slab, slab_step, count, size, shifts, shift_step,
             slab = moved(slab, slab_step)
 
 
+@inlined
+def _add_products(dy, x, slab_dy, slab_x, mask, bit, step, i, k, total, product):
+    """Add dy and dy * (x - mean) of sixteen numbers, and keep both in the slab if there is one."""
+    g = _gated(dy, i, mask, bit, step)
+    if not missing(slab_x):
+        store(slab_dy, i, g)
+        transfer(slab_x, i, x, i)
+    return total + wide(g), product + wide(g) * (wide(load(x, i)) - k)
+
+
 @primitive
 def product_planes(
     dy, ahead_dy, dy_step, x, ahead_x, x_step, slab_dy, slab_x, slab_step,
@@ -414,15 +424,20 @@ def product_planes(
     for j in range(count):
         k = spread(get(shifts, j * shift_step))
         total = product = spread(0.0)
-        for i in range(0, whole, LANES):
-            prefetch(ahead_dy, i)
-            prefetch(ahead_x, i)
-            g = _gated(dy, i, mask, bit, step)
-            d = wide(load(x, i)) - k
-            if not missing(slab_x):
-                store(slab_dy, i, g)
-                transfer(slab_x, i, x, i)
-            total, product = total + wide(g), product + wide(g) * d
+        if missing(mask):
+            for i in range(0, whole, LANES):
+                prefetch(ahead_dy, i)
+                prefetch(ahead_x, i)
+                total, product = _add_products(
+                    dy, x, slab_dy, slab_x, nothing(mask), 0, 0, i, k, total, product
+                )
+        else:
+            for i in range(0, whole, LANES):
+                prefetch(ahead_dy, i)
+                prefetch(ahead_x, i)
+                total, product = _add_products(
+                    dy, x, slab_dy, slab_x, mask, bit, step, i, k, total, product
+                )
         if whole < size:
             g = load_part(dy, whole, 0, size - whole)
             if not missing(mask):
@@ -518,6 +533,14 @@ def sum_few_columns(x, step, ahead, ahead_step, rows, count, shift, total, squar
     store(squares, 0, q)
 
 
+@inlined
+def _fetch_columns(ahead, at):
+    """Prefetch `COLUMNS` columns of a row."""
+    for i in range(0, COLUMNS, LANES):
+        prefetch(ahead, at + i)
+    prefetch_line(ahead, at + COLUMNS - 1)
+
+
 @primitive
 def product_columns(
     dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
@@ -530,22 +553,35 @@ def product_columns(
     t_c, t_d = load(total, 2 * LANES), load(total, 3 * LANES)
     p, p_b = load(product, 0), load(product, LANES)
     p_c, p_d = load(product, 2 * LANES), load(product, 3 * LANES)
-    for r in range(rows):
-        row, row_dy, at = moved(x, r * x_step), moved(dy, r * dy_step), bit + r * bit_row
-        for i in range(0, COLUMNS, LANES):
-            prefetch(moved(ahead_dy, r * ahead_dy_step), i)
-            prefetch(moved(ahead_x, r * ahead_x_step), i)
-        prefetch_line(ahead_dy, r * ahead_dy_step + COLUMNS - 1)
-        prefetch_line(ahead_x, r * ahead_x_step + COLUMNS - 1)
-        g = _gated(row_dy, 0, mask, at, step)
-        g_b = _gated(row_dy, LANES, mask, at, step)
-        g_c = _gated(row_dy, 2 * LANES, mask, at, step)
-        g_d = _gated(row_dy, 3 * LANES, mask, at, step)
-        t, t_b, t_c, t_d = t + wide(g), t_b + wide(g_b), t_c + wide(g_c), t_d + wide(g_d)
-        p = p + wide(g) * (wide(load(row, 0)) - k)
-        p_b = p_b + wide(g_b) * (wide(load(row, LANES)) - k_b)
-        p_c = p_c + wide(g_c) * (wide(load(row, 2 * LANES)) - k_c)
-        p_d = p_d + wide(g_d) * (wide(load(row, 3 * LANES)) - k_d)
+    no = nothing(x)
+    if missing(mask):
+        for r in range(rows):
+            row, row_dy = moved(x, r * x_step), moved(dy, r * dy_step)
+            _fetch_columns(ahead_dy, r * ahead_dy_step)
+            _fetch_columns(ahead_x, r * ahead_x_step)
+            t, p = _add_products(row_dy, row, no, no, nothing(mask), 0, 0, 0, k, t, p)
+            t_b, p_b = _add_products(row_dy, row, no, no, nothing(mask), 0, 0, LANES, k_b, t_b, p_b)
+            t_c, p_c = _add_products(
+                row_dy, row, no, no, nothing(mask), 0, 0, 2 * LANES, k_c, t_c, p_c
+            )
+            t_d, p_d = _add_products(
+                row_dy, row, no, no, nothing(mask), 0, 0, 3 * LANES, k_d, t_d, p_d
+            )
+    else:
+        for r in range(rows):
+            row, row_dy = moved(x, r * x_step), moved(dy, r * dy_step)
+            _fetch_columns(ahead_dy, r * ahead_dy_step)
+            _fetch_columns(ahead_x, r * ahead_x_step)
+            t, p = _add_products(row_dy, row, no, no, mask, bit + r * bit_row, step, 0, k, t, p)
+            t_b, p_b = _add_products(
+                row_dy, row, no, no, mask, bit + r * bit_row, step, LANES, k_b, t_b, p_b
+            )
+            t_c, p_c = _add_products(
+                row_dy, row, no, no, mask, bit + r * bit_row, step, 2 * LANES, k_c, t_c, p_c
+            )
+            t_d, p_d = _add_products(
+                row_dy, row, no, no, mask, bit + r * bit_row, step, 3 * LANES, k_d, t_d, p_d
+            )
     store(total, 0, t)
     store(total, LANES, t_b)
     store(total, 2 * LANES, t_c)
