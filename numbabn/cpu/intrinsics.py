@@ -372,8 +372,8 @@ def _storing(streaming):
             at, itemsize = _lanes_at(context, builder, signature.args[0], *args[:2])
             value = narrow(builder, signature.args[0].dtype, args[2])
             align = _line_bytes(signature.args[0]) if streaming else itemsize
-            if streaming and signature.args[0].dtype == FLOAT16:
-                # LLVM's x86 code generator streams integers, but not what it knows to be halves.
+            if streaming and signature.args[0].dtype in (FLOAT16, BFLOAT16):
+                # LLVM loses the wish to stream halves, or what it chose from other vectors.
                 value = builder.or_(value, _every(builder, _hidden_zero(builder)))
             instruction = builder.store(value, at, align=align)
             if streaming:
