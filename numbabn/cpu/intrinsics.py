@@ -482,27 +482,6 @@ def blend(typing_context, lanes, other, count):
 
 
 @intrinsic
-def together(typing_context, lanes):
-    """Sum of all lanes: halves are added until one number is left."""
-
-    def codegen(context, builder, signature, args):
-        value, count = args[0], LANES
-        while count > 1:
-            count //= 2
-            undefined, half = ir.Constant(value.type, ir.Undefined), ir.VectorType(_I32, count)
-            low, high = (
-                builder.shuffle_vector(
-                    value, undefined, ir.Constant(half, list(range(k, k + count)))
-                )
-                for k in (0, count)
-            )
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(_I32, 0))
-
-    return lanes.dtype(lanes), codegen
-
-
-@intrinsic
 def relu(typing_context, lanes):
     """``max(lanes, 0)``; NaN stays NaN."""
 

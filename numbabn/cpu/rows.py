@@ -314,8 +314,9 @@ def _set_constants(memory, shape, target, c, values):
 
 
 @primitive
-def _finish_forward(maps, memory, shape, parameters, settings, first, last):
-    """Save the statistics of some columns, and what writing them takes."""
+def _finish_forward(maps, memory, shape, parameters, settings, t):
+    """Save the statistics of a thread's columns, and what writing them takes."""
+    first, last = _columns_of(shape, t)
     mean, m2 = _sums(memory, shape, 0), _sums(memory, shape, 1)
     for at in range(first, last, LANES):
         merged = _merged_moments(memory, shape, at)
@@ -336,19 +337,13 @@ def _sum_share(x, memory, shape, t):
         _sum_rows(x, spares_of(memory, t), shape, task)
 
 
-@primitive
-def _finish_forward_share(maps, memory, shape, parameters, settings, t):
-    first, last = _columns_of(shape, t)
-    _finish_forward(maps, spares_of(memory, t), shape, parameters, settings, first, last)
-
-
 @kernel("Forward", "Parameters", "Settings")
 def forward_rows(maps, parameters, settings, memory, shape):
     """Statistics, normalize and running averages."""
     for t in prange(shape.threads):
         _sum_share(maps.x, memory, shape, t)
     for t in prange(shape.threads):
-        _finish_forward_share(maps, memory, shape, parameters, settings, t)
+        _finish_forward(maps, spares_of(memory, t), shape, parameters, settings, t)
     for t in prange(shape.threads):
         _normalize_share(maps, memory, shape, settings.rectify, t)
 
@@ -478,8 +473,9 @@ def _gradient_share(maps, memory, shape, training, t):
 
 
 @primitive
-def _finish_backward(maps, gradients, memory, shape, first, last):
-    """Save the gradients by some weights and biases, and what writing dx takes."""
+def _finish_backward(maps, gradients, memory, shape, t):
+    """Save the gradients by a thread's weights and biases, and what writing dx takes."""
+    first, last = _columns_of(shape, t)
     totals, products = _sums(memory, shape, 0), _sums(memory, shape, 1)
     for at in range(first, last, LANES):
         total = product = spread(0.0)
@@ -504,18 +500,12 @@ def _product_share(maps, gradients, memory, shape, t):
         _product_rows(maps, gradients, spares_of(memory, t), shape, task)
 
 
-@primitive
-def _finish_backward_share(maps, gradients, memory, shape, t):
-    first, last = _columns_of(shape, t)
-    _finish_backward(maps, gradients, spares_of(memory, t), shape, first, last)
-
-
 @kernel("Backward", "Gradients", "Flag")
 def backward_rows(maps, gradients, training, memory, shape):
     """Gradients by x, weight, bias and residual."""
     for t in prange(shape.threads):
         _product_share(maps, gradients, memory, shape, t)
     for t in prange(shape.threads):
-        _finish_backward_share(maps, gradients, memory, shape, t)
+        _finish_backward(maps, gradients, spares_of(memory, t), shape, t)
     for t in prange(shape.threads):
         _gradient_share(maps, memory, shape, training, t)

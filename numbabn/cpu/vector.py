@@ -541,12 +541,11 @@ def _fetch_columns(ahead, at):
     prefetch_line(ahead, at + COLUMNS - 1)
 
 
-@primitive
-def product_columns(
+@inlined
+def _product_columns(
     dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
     mask, bit, bit_row, step, rows, mean, total, product,
 ):  # fmt: skip
-    """Add dy and dy * (x - mean) to the sums of `COLUMNS` columns."""
     k, k_b = load(mean, 0), load(mean, LANES)
     k_c, k_d = load(mean, 2 * LANES), load(mean, 3 * LANES)
     t, t_b = load(total, 0), load(total, LANES)
@@ -554,34 +553,14 @@ def product_columns(
     p, p_b = load(product, 0), load(product, LANES)
     p_c, p_d = load(product, 2 * LANES), load(product, 3 * LANES)
     no = nothing(x)
-    if missing(mask):
-        for r in range(rows):
-            row, row_dy = moved(x, r * x_step), moved(dy, r * dy_step)
-            _fetch_columns(ahead_dy, r * ahead_dy_step)
-            _fetch_columns(ahead_x, r * ahead_x_step)
-            t, p = _add_products(row_dy, row, no, no, nothing(mask), 0, 0, 0, k, t, p)
-            t_b, p_b = _add_products(row_dy, row, no, no, nothing(mask), 0, 0, LANES, k_b, t_b, p_b)
-            t_c, p_c = _add_products(
-                row_dy, row, no, no, nothing(mask), 0, 0, 2 * LANES, k_c, t_c, p_c
-            )
-            t_d, p_d = _add_products(
-                row_dy, row, no, no, nothing(mask), 0, 0, 3 * LANES, k_d, t_d, p_d
-            )
-    else:
-        for r in range(rows):
-            row, row_dy = moved(x, r * x_step), moved(dy, r * dy_step)
-            _fetch_columns(ahead_dy, r * ahead_dy_step)
-            _fetch_columns(ahead_x, r * ahead_x_step)
-            t, p = _add_products(row_dy, row, no, no, mask, bit + r * bit_row, step, 0, k, t, p)
-            t_b, p_b = _add_products(
-                row_dy, row, no, no, mask, bit + r * bit_row, step, LANES, k_b, t_b, p_b
-            )
-            t_c, p_c = _add_products(
-                row_dy, row, no, no, mask, bit + r * bit_row, step, 2 * LANES, k_c, t_c, p_c
-            )
-            t_d, p_d = _add_products(
-                row_dy, row, no, no, mask, bit + r * bit_row, step, 3 * LANES, k_d, t_d, p_d
-            )
+    for r in range(rows):
+        row, row_dy, at = moved(x, r * x_step), moved(dy, r * dy_step), bit + r * bit_row
+        _fetch_columns(ahead_dy, r * ahead_dy_step)
+        _fetch_columns(ahead_x, r * ahead_x_step)
+        t, p = _add_products(row_dy, row, no, no, mask, at, step, 0, k, t, p)
+        t_b, p_b = _add_products(row_dy, row, no, no, mask, at, step, LANES, k_b, t_b, p_b)
+        t_c, p_c = _add_products(row_dy, row, no, no, mask, at, step, 2 * LANES, k_c, t_c, p_c)
+        t_d, p_d = _add_products(row_dy, row, no, no, mask, at, step, 3 * LANES, k_d, t_d, p_d)
     store(total, 0, t)
     store(total, LANES, t_b)
     store(total, 2 * LANES, t_c)
@@ -590,6 +569,24 @@ def product_columns(
     store(product, LANES, p_b)
     store(product, 2 * LANES, p_c)
     store(product, 3 * LANES, p_d)
+
+
+@primitive
+def product_columns(
+    dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
+    mask, bit, bit_row, step, rows, mean, total, product,
+):  # fmt: skip
+    """Add dy and dy * (x - mean) to the sums of `COLUMNS` columns."""
+    if missing(mask):
+        _product_columns(
+            dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
+            nothing(mask), 0, 0, 0, rows, mean, total, product,
+        )  # fmt: skip
+    else:
+        _product_columns(
+            dy, dy_step, x, x_step, ahead_dy, ahead_dy_step, ahead_x, ahead_x_step,
+            mask, bit, bit_row, step, rows, mean, total, product,
+        )  # fmt: skip
 
 
 @primitive

@@ -136,6 +136,24 @@ def test_mask_round_trip(n, bit, step, streaming, dtype):
     np.testing.assert_array_equal(dx, np.where(stopped, np.zeros_like(dy), dy))
 
 
+@pytest.mark.parametrize("n", [5, 16, 50])
+@all_dtypes
+def test_what_is_rounded_to_zero_does_not_pass(n, dtype):
+    """Around half of the smallest number, where the mask must say what y holds."""
+    smallest = ml_dtypes.finfo(dtype).smallest_subnormal
+    for factor in (0.5, 0.75, 1.0):
+        x, y = np.full(n + 2, smallest, dtype), np.full(n, 3, dtype)
+        x[2::2] = 0
+        mask = np.zeros(n // 8 + 1, np.uint8)
+        constants = identity(dtype, 1)
+        constants.array[1] = factor
+        call(normalize, view(x), constants, view(y), view(mask), 0, 1, n, False)
+        bits = np.unpackbits(mask, bitorder="little")[:n].astype(bool)
+        np.testing.assert_array_equal(bits, y.astype(np.float64) != 0)
+        # Halfway goes to the even one, which is 0.
+        assert bits.any() == (factor > 0.5)
+
+
 def test_packing_leaves_the_neighbours_bits():
     x, y = np.ones(22, np.float32), np.zeros(20, np.float32)
     x[0] = 0
