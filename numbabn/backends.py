@@ -1,31 +1,90 @@
 """From an array's kind to the module that computes on it."""
 
+from collections.abc import Iterable
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from . import cpu
+from .libraries import DeviceArray, host_of, library_of
+
+_INSTALL = 'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
 
 
 @cache
-def _of_type(kind: type) -> ModuleType | None:
-    if issubclass(kind, np.ma.MaskedArray):
-        return None  # its mask would be ignored without a word
-    return cpu if issubclass(kind, np.ndarray) else None
+def _cuda() -> Any:
+    """Import what computes on CUDA devices.
+
+    Raises
+    ------
+    RuntimeError
+        If this machine lacks what it takes.
+    """
+    if find_spec("numba_cuda") is None:
+        raise RuntimeError(f"CUDA arrays: expected numba-cuda, got none installed: {_INSTALL}")
+    from . import cuda
+    from .cuda.arrays import require_device
+
+    require_device()
+    return cuda
 
 
 def backend_of(name: str, array: Any) -> Any:
-    """Return the backend for an array.
+    """Return the backend for an array, as `borrow` gave it.
 
     Raises
     ------
     TypeError
         If it is no array that numbabn computes on.
     """
-    kind: type = type(array)
-    backend = _of_type(kind)
-    if backend is None:
-        raise TypeError(f"{name}: expected a NumPy array, got {kind.__qualname__}")
-    return backend
+    if type(array) is DeviceArray:
+        return _cuda()
+    if library_of(array) == "numpy":
+        return cpu
+    kind = type(array).__qualname__
+    raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got {kind}")
+
+
+def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
+    """See the arrays of a call, if the first is on a device, as `DeviceArray`.
+
+    NumPy's are given as they are. So is what is no array: others say what was expected.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the others are not beside the first, or the stream is none of a device.
+    RuntimeError
+        If this machine lacks what it takes to compute there.
+    """
+    name, first = next(iter(arrays.items()))
+    library = library_of(first)
+    if library == "numpy" and stream is not None:
+        raise TypeError(f"stream: expected None for NumPy arrays, got {type(stream).__qualname__}")
+    if library in (None, "numpy"):
+        return arrays.values()
+    host = host_of(first)
+    if host is not None:
+        kind = type(first).__qualname__
+        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {host}")
+    seen: Iterable[Any] = _cuda().borrow(stream, arrays)
+    return seen
+
+
+def to_numpy(array: Any) -> Any:
+    """Copy an array of any library to a NumPy array, waiting for it."""
+    if isinstance(array, np.ndarray):
+        return array.copy()
+    (seen,) = borrow(None, array=array)
+    return backend_of("array", seen).download(seen)
+
+
+def duplicate(array: Any) -> Any:
+    """Copy an array of any library to where it is."""
+    (seen,) = borrow(None, array=array)
+    backend = backend_of("array", seen)
+    target = backend.empty_like(seen)
+    backend.copy(target, seen)
+    return backend.give(target)[0]

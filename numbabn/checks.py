@@ -14,6 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .libraries import DeviceArray, library_of
+
 WIDE = (np.dtype(np.float32), np.dtype(np.float64))
 NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOATS = (*NARROW, *WIDE)
@@ -40,6 +42,8 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
                 parts += (kind, a)
             elif kind is ndarray and a.ndim:
                 parts += (a.shape, a.dtype)
+            elif kind is DeviceArray:
+                parts += (kind, a.shape, a.dtype)
             else:
                 return check(*arguments)
         key = tuple(parts)
@@ -91,8 +95,8 @@ def channel_axis(axis: Any, x: Any) -> int:
 
 
 def numpy_array(name: str, array: Any) -> None:
-    """Check a NumPy array; a masked one's mask would be ignored without a word."""
-    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+    """Check a NumPy array, or one on a device, which `backends.borrow` has checked."""
+    if type(array) is not DeviceArray and library_of(array) != "numpy":
         raise TypeError(f"{name}: expected a NumPy array, got {_kind(array)}")
 
 
@@ -185,7 +189,6 @@ def denominator(count: int, correction: float) -> None:
 
 def features(x: Any, axis: Any, channels: int, dtype: Any) -> None:
     """Check a layer's input against the dtype of its parameters and its number of channels."""
-    numpy_array("x", x)
     data("x", x)
     dtype_in("x", x, [d for d in FLOATS if dtype in parameter_dtypes(d)])
     if x.shape[channel_axis(axis, x)] != channels:
@@ -207,6 +210,23 @@ def mask(bits: Any, x: Any) -> None:
     expected = (-(-x.size // 8),)
     if bits.shape != expected:
         raise ValueError(f"mask: expected shape {expected} for x {x.shape}, got {bits.shape}")
+
+
+class _Ghost:
+    """The memory of an array on a device, for NumPy to compare with other memory, never to read."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+            "data": (array.address, not array.flags.writeable),
+        }
+
+
+def _ghost(array: Any) -> Any:
+    return np.asarray(_Ghost(array)) if type(array) is DeviceArray else array
 
 
 def _share(a: Any, b: Any) -> bool:
@@ -251,6 +271,9 @@ def writable(
     """
     if target is None:
         return
+    if type(target) is DeviceArray:
+        target = _ghost(target)
+        others = {other: _ghost(array) for other, array in others.items()}
     flags = target.flags
     if not flags.writeable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")

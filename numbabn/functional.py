@@ -1,12 +1,15 @@
 """The public functions: check the arguments, view the arrays, call the backend."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
-from . import checks, results
-from .backends import backend_of
+from . import checks
+from .backends import backend_of, borrow
 from .layout import arrange
+from .libraries import namespace
 from .stats import BatchStats, PerChannel
 
 
@@ -49,9 +52,9 @@ class Gradients(NamedTuple):
     dresidual: Any
 
 
-def _invstd(var: PerChannel, eps: float) -> PerChannel:
-    with np.errstate(all="ignore"):
-        return np.asarray(1.0 / np.sqrt(var + eps))
+# Past the constructors of named tuples, as in `arrange`.
+_forward_result = partial(tuple.__new__, ForwardResult)
+_gradients = partial(tuple.__new__, Gradients)
 
 
 def _data(x: Any, axis: Any) -> tuple[Any, int, int, int]:
@@ -76,19 +79,8 @@ def _check_parameters(x: Any, C: int, **arrays: Any) -> None:
 
 
 def _average(running: Any, batch: PerChannel, momentum: float) -> None:
-    running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
-
-
-def _update_running(
-    running_mean: Any, running_var: Any, stats: BatchStats, momentum: float, correction: float
-) -> None:
-    if stats.count == 0:
-        return
-    with np.errstate(all="ignore"):
-        if running_mean is not None:
-            _average(running_mean, stats.mean, momentum)
-        if running_var is not None:
-            _average(running_var, stats.m2 / (stats.count - correction), momentum)
+    kept = namespace("stats", batch).full_like(batch, 1.0 - momentum)  # in float64
+    running[...] = kept * running + momentum * batch
 
 
 class _Sweep(NamedTuple):
@@ -137,8 +129,14 @@ def _forward(
     activation: str | None,
     correction: float,
     out: Any,
+    stream: Any,
     with_mask: bool,
 ) -> ForwardResult:
+    if type(x) is not ndarray or stream is not None:
+        x, weight, bias, running_mean, running_var, residual, out = borrow(
+            stream, x=x, weight=weight, bias=bias,
+            running_mean=running_mean, running_var=running_var, residual=residual, out=out,
+        )  # fmt: skip
     sweep: _Sweep = _check_forward(
         x, weight, bias, running_mean, running_var,
         momentum, eps, axis, residual, activation, correction, out,
@@ -154,18 +152,22 @@ def _forward(
         }  # fmt: skip
         checks.writable("out", out, inputs, in_place=("x", "residual"))
 
-    y = results.empty_like(x) if out is None else out
-    mask = sweep.backend.allocate_mask(x) if sweep.relu and with_mask else None
+    backend = sweep.backend
+    y = backend.empty_like(x) if out is None else out
+    mask = backend.allocate_mask(x) if sweep.relu and with_mask else None
     if sweep.values == 0:
         C = x.shape[sweep.axis]
-        return ForwardResult(y, np.zeros(C), _invstd(np.zeros(C), sweep.eps), mask)
-    layout = arrange(sweep.axis, (x, residual), (y,), mask=mask)
-    mean, invstd = sweep.backend.forward(
+        with np.errstate(divide="ignore"):
+            invstd = np.full(C, 1.0 / np.sqrt(sweep.eps))
+        mean, invstd = backend.upload(np.zeros(C), x), backend.upload(invstd, x)
+        return _forward_result(backend.give(y, mean, invstd, mask))
+    layout = arrange(backend, sweep.axis, (x, residual), (y,), mask=mask)
+    mean, invstd = backend.forward(
         layout, (weight, bias, running_mean, running_var),
         sweep.eps, sweep.momentum, sweep.correction, sweep.relu,
     )  # fmt: skip
-    layout.finish()
-    return ForwardResult(y, mean, invstd, mask)
+    layout.finish(backend)
+    return _forward_result(backend.give(y, mean, invstd, mask))
 
 
 def batch_norm(
@@ -183,6 +185,7 @@ def batch_norm(
     activation: str | None = None,
     correction: float = 1,
     out: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Batch normalization, with the arguments of ``torch.nn.functional.batch_norm``.
 
@@ -191,8 +194,9 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float16, bfloat16, float32 or float64, 2 or more dimensions
-        Any strides.
+    x : ndarray or CUDA array of float16, bfloat16, float32 or float64, 2 or more dimensions
+        Any strides. The other arrays of the call are NumPy's too, or of the same library on the
+        same device, and so are the results. JAX's arrays are never written.
     running_mean, running_var : ndarray, shape (C,), optional
         In x's dtype, or float32 beside 16-bit x, as weight and bias. In training, updated in
         place where given: ``running = (1 - momentum) * running + momentum * batch``. Required
@@ -216,6 +220,9 @@ def batch_norm(
         0 in ONNX, Keras and Flax.
     out : ndarray of x's shape and dtype, optional
         Where to put the result; may be x or residual itself.
+    stream : int or object, optional
+        For CUDA arrays, the stream to work on: a handle, or a stream of any library. None means
+        the caller's current one, as x's library tells it.
 
     Returns
     -------
@@ -246,12 +253,12 @@ def batch_norm(
     if not training:
         return _inference(
             x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation,
-            correction, out,
+            correction, out, stream,
         )  # fmt: skip
     return _forward(
         x, weight, bias, running_mean, running_var,
         momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
-        correction=correction, out=out, with_mask=False,
+        correction=correction, out=out, stream=stream, with_mask=False,
     ).y  # fmt: skip
 
 
@@ -269,6 +276,7 @@ def batch_norm_forward(
     activation: str | None = None,
     correction: float = 1,
     out: Any = None,
+    stream: Any = None,
 ) -> ForwardResult:
     """Run the forward pass of a training step, keeping what `batch_norm_backward` needs.
 
@@ -291,7 +299,7 @@ def batch_norm_forward(
     return _forward(
         x, weight, bias, running_mean, running_var,
         momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
-        correction=correction, out=out, with_mask=True,
+        correction=correction, out=out, stream=stream, with_mask=True,
     )  # fmt: skip
 
 
@@ -307,6 +315,7 @@ def batch_norm_inference(
     residual: Any = None,
     activation: str | None = None,
     out: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Normalize by running statistics, which are only read.
 
@@ -326,14 +335,21 @@ def batch_norm_inference(
            [1., 2.]])
     """
     return _inference(
-        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, 0, out
-    )
+        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, 0, out,
+        stream,
+    )  # fmt: skip
 
 
 def _inference(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
     momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
+    stream: Any,
 ) -> Any:  # fmt: skip
+    if type(x) is not ndarray or stream is not None:
+        x, running_mean, running_var, weight, bias, residual, out = borrow(
+            stream, x=x, running_mean=running_mean, running_var=running_var,
+            weight=weight, bias=bias, residual=residual, out=out,
+        )  # fmt: skip
     sweep: _Sweep = _check_inference(
         x, running_mean, running_var, weight, bias,
         momentum, eps, axis, residual, activation, correction, out,
@@ -345,13 +361,14 @@ def _inference(
         }  # fmt: skip
         checks.writable("out", out, inputs, in_place=("x", "residual"))
 
-    y = results.empty_like(x) if out is None else out
+    backend = sweep.backend
+    y = backend.empty_like(x) if out is None else out
     if sweep.values:
-        layout = arrange(sweep.axis, (x, residual), (y,))
+        layout = arrange(backend, sweep.axis, (x, residual), (y,))
         parameters = weight, bias, running_mean, running_var
-        sweep.backend.normalize(layout, parameters, sweep.eps, sweep.relu)
-        layout.finish()
-    return y
+        backend.normalize(layout, parameters, sweep.eps, sweep.relu)
+        layout.finish(backend)
+    return backend.give(y)[0]
 
 
 @checks.remembered
@@ -386,6 +403,7 @@ def batch_norm_backward(
     mask: Any = None,
     with_residual: bool = False,
     out: Any = None,
+    stream: Any = None,
 ) -> Gradients:
     """Gradients of a loss by x, weight, bias and residual, from its gradient by y.
 
@@ -411,6 +429,8 @@ def batch_norm_backward(
         Whether to return ``dresidual`` too.
     out : ndarray of x's shape and dtype, optional
         Where to put dx; may be dy or x itself.
+    stream : int or object, optional
+        As of `batch_norm`.
 
     Returns
     -------
@@ -436,6 +456,10 @@ def batch_norm_backward(
     >>> bool(abs(dx).max() < 1e-15), dweight.round(6).tolist(), dbias.round(6).tolist()
     (True, [3.0], [0.0])
     """
+    if type(x) is not ndarray or stream is not None:
+        x, dy, weight, mean, invstd, mask, out = borrow(
+            stream, x=x, dy=dy, weight=weight, mean=mean, invstd=invstd, mask=mask, out=out
+        )
     backend, axis, C = _check_backward(
         dy, x, weight, mean, invstd, axis, training, mask, with_residual, out
     )
@@ -444,25 +468,23 @@ def batch_norm_backward(
         checks.writable("out", out, inputs, in_place=("dy", "x"))
 
     dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
+    dresidual = backend.empty_like(dy) if with_residual else None
     if x.size == 0:
-        dx = results.empty_like(x) if out is None else out
-        dresidual = results.empty_like(x) if with_residual else None
-        return Gradients(dx, np.zeros(C, dtype), np.zeros(C, dtype), dresidual)
-    dresidual = None
-    if with_residual:
+        dx = backend.empty_like(x) if out is None else out
+        dweight, dbias = (backend.upload(np.zeros(C, dtype), x) for _ in range(2))
+        return _gradients(backend.give(dx, dweight, dbias, dresidual))
+    if with_residual and mask is None:
         # Before dx, which may be written over dy.
-        dresidual = results.empty_like(dy)
-        if mask is None:
-            dresidual[...] = dy
-    dx = results.empty_like(x) if out is None else out
-    dweight, dbias = np.empty(C, dtype), np.empty(C, dtype)
+        backend.copy(dresidual, dy)
+    dx = backend.empty_like(x) if out is None else out
+    dweight, dbias = backend.empty((C,), dtype, x), backend.empty((C,), dtype, x)
     layout = arrange(
-        axis, (dy, x), (dx, None if mask is None else dresidual),
-        mask=None if mask is None else np.require(mask, requirements=["C"]),
+        backend, axis, (dy, x), (dx, None if mask is None else dresidual),
+        mask=None if mask is None else backend.contiguous(mask),
     )  # fmt: skip
     backend.backward(layout, weight, mean, invstd, dweight, dbias, bool(training))
-    layout.finish()
-    return Gradients(dx, dweight, dbias, dresidual)
+    layout.finish(backend)
+    return _gradients(backend.give(dx, dweight, dbias, dresidual))
 
 
 @checks.remembered
@@ -485,7 +507,7 @@ def _check_backward(
     return backend, axis, C
 
 
-def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
+def batch_stats(x: Any, *, axis: int = 1, stream: Any = None) -> BatchStats:
     """Take count, mean and sum of squared deviations of each channel.
 
     Parameters
@@ -494,11 +516,13 @@ def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
         Any strides.
     axis : int
         Which dimension is the channel.
+    stream : int or object, optional
+        As of `batch_norm`.
 
     Returns
     -------
     BatchStats
-        In float64; zeros for an empty batch.
+        In float64; zeros for an empty batch. Of a CUDA array, on its device.
 
     Raises
     ------
@@ -512,10 +536,14 @@ def batch_stats(x: Any, *, axis: int = 1) -> BatchStats:
     >>> stats.count, stats.mean, stats.var
     (2, array([ 2., 20.]), array([  1., 100.]))
     """
+    if type(x) is not ndarray or stream is not None:
+        (x,) = borrow(stream, x=x)
     backend, axis, C, count = _data(x, axis)
     if count == 0:
-        return BatchStats.empty(C)
-    return BatchStats(count, *backend.statistics(arrange(axis, (x,))))
+        mean, m2 = (backend.upload(np.zeros(C), x) for _ in range(2))
+    else:
+        mean, m2 = backend.statistics(arrange(backend, axis, (x,)))
+    return BatchStats(count, *backend.give(mean, m2))
 
 
 def update_running_stats(
@@ -533,8 +561,8 @@ def update_running_stats(
 
     Parameters
     ----------
-    running_mean, running_var : ndarray of float32 or float64, shape (C,)
-        Updated in place.
+    running_mean, running_var : ndarray or CUDA array of float32 or float64, shape (C,)
+        Updated in place, by the library that they and the statistics are of.
     stats : BatchStats
         The batch's statistics.
     momentum : float
@@ -559,13 +587,23 @@ def update_running_stats(
     """
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats: expected BatchStats, got {type(stats).__qualname__}")
+    counted = stats.mean if stats.count else None
+    seen: Any = running_mean, running_var, counted
+    if type(running_mean) is not ndarray:
+        seen = borrow(None, running_mean=running_mean, running_var=running_var, stats=counted)
+    mean, var, counted = seen
     # Statistics that start empty know no number of channels yet.
-    C = stats.mean.size or np.size(running_mean)
-    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+    C = stats.mean.shape[0] or np.size(mean)
+    for name, array in (("running_mean", mean), ("running_var", var)):
         checks.per_channel(name, array, C)
     momentum = checks.real("momentum", momentum)
     correction = checks.real("correction", correction)
     checks.denominator(stats.count, correction)
-    checks.writable("running_mean", running_mean, {"running_var": running_var})
-    checks.writable("running_var", running_var, {})
-    _update_running(running_mean, running_var, stats, momentum, correction)
+    checks.writable("running_mean", mean, {"running_var": var})
+    checks.writable("running_var", var, {})
+    if counted is None:
+        return
+    checks.numpy_array("stats", counted)
+    with np.errstate(all="ignore"):
+        _average(running_mean, stats.mean, momentum)
+        _average(running_var, stats.m2 / (stats.count - correction), momentum)

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .backends import backend_of, borrow, duplicate, to_numpy
 from .functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
+from .libraries import DeviceArray, namespace
 
 
 class _Pass(NamedTuple):
@@ -14,7 +16,7 @@ class _Pass(NamedTuple):
 
     x: Any
     mean: Any
-    invstd: Any
+    spread: Any  # invstd in training, else the variance
     training: bool
 
 
@@ -57,6 +59,14 @@ class BatchNorm:
     ------
     TypeError, ValueError
         If an argument's kind or value is not as above.
+
+    Notes
+    -----
+    Weight, bias and running statistics are NumPy arrays until the first CUDA array comes: then
+    copies of them in its library, on its device, take their place, and the layer takes no NumPy
+    arrays any more. `state_dict` gives NumPy arrays from anywhere, for another layer to load. JAX's
+    arrays are never written, so that with them a layer cannot track running statistics; Numba's
+    have no arithmetic, so that with them there is no `backward` in eval mode.
 
     Examples
     --------
@@ -149,33 +159,39 @@ class BatchNorm:
         TypeError, ValueError
             As `numbabn.batch_norm`; the layer is then as it was.
         """
-        checks.features(x, self.axis, self.num_features, self.dtype)
-        if not self.training and self.running_mean is not None and self.running_var is not None:
+        seen = x
+        if type(x) is not np.ndarray:
+            (seen,) = borrow(None, x=x)
+        backend_of("x", seen)
+        checks.features(seen, self.axis, self.num_features, self.dtype)
+        state = self._beside(seen)
+        names = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, running_mean, running_var = map(state.get, names)
+        if not self.training and running_mean is not None and running_var is not None:
             y = batch_norm_inference(
-                x, self.running_mean, self.running_var, self.weight, self.bias,
-                eps=self.eps, axis=self.axis,
-            )  # fmt: skip
-            mean = self.running_mean.astype(np.float64)
-            with np.errstate(all="ignore"):
-                invstd = 1.0 / np.sqrt(self.running_var.astype(np.float64) + self.eps)
-            self._pass = _Pass(x, mean, invstd, training=False)
-            return y
-
-        tracked = self.training and self.track_running_stats
-        seen = self.num_batches_tracked + 1
-        y, mean, invstd, _ = batch_norm_forward(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            momentum=1.0 / seen if self.momentum is None else self.momentum,
-            eps=self.eps,
-            axis=self.axis,
-        )
-        if tracked and x.size:  # an empty batch has no share in the average either
-            self.num_batches_tracked = seen
-        self._pass = _Pass(x, mean, invstd, training=True)
+                x, running_mean, running_var, weight, bias, eps=self.eps, axis=self.axis
+            )
+            # As they are now, whatever they will be by then.
+            mean, spread = duplicate(running_mean), duplicate(running_var)
+            self._pass = _Pass(x, mean, spread, training=False)
+        else:
+            tracked = self.training and self.track_running_stats
+            batches = self.num_batches_tracked + 1
+            y, mean, invstd, _ = batch_norm_forward(
+                x,
+                weight,
+                bias,
+                running_mean if tracked else None,
+                running_var if tracked else None,
+                momentum=1.0 / batches if self.momentum is None else self.momentum,
+                eps=self.eps,
+                axis=self.axis,
+            )
+            if tracked and seen.size:  # an empty batch has no share in the average either
+                self.num_batches_tracked = batches
+            self._pass = _Pass(x, mean, invstd, training=True)
+        for name, array in state.items():
+            setattr(self, name, array)
         return y
 
     def backward(self, dy: Any) -> Any:
@@ -201,12 +217,37 @@ class BatchNorm:
         if self._pass is None:
             raise RuntimeError("backward: expected a forward pass before it, got none")
         x, mean, invstd, training = self._pass
+        if not training:
+            mean, invstd = self._constants(mean, invstd)
         gradients = batch_norm_backward(
             dy, x, self.weight, mean, invstd, axis=self.axis, training=training
         )
         if self.affine:
             self.grad_weight, self.grad_bias = gradients.dweight, gradients.dbias
         return gradients.dx
+
+    def _constants(self, mean: Any, var: Any) -> tuple[Any, Any]:
+        """Give mean and invstd of an eval pass in float64."""
+        xp = namespace("running_var", var)
+        with np.errstate(all="ignore"):
+            ones = xp.ones_like(var, dtype=xp.float64)
+            return ones * mean, 1.0 / xp.sqrt(ones * var + self.eps)
+
+    def _beside(self, x: Any) -> dict[str, Any]:
+        """Give parameters and running statistics where x is, or copies there; keep them as is."""
+        state = self._state()
+        for name, array in state.items():
+            moved = not isinstance(array, np.ndarray)
+            if type(x) is DeviceArray and not moved:
+                backend = backend_of("x", x)
+                (state[name],) = backend.give(backend.upload(array, x))
+            elif type(x) is not DeviceArray and moved:
+                kind = type(array).__qualname__
+                raise TypeError(
+                    f"x: expected a CUDA array, since the layer's {name} is a {kind}, got "
+                    "a NumPy array; another layer takes those after load_state_dict(state_dict())"
+                )
+        return state
 
     def _state(self) -> dict[str, Any]:
         arrays = {
@@ -224,7 +265,8 @@ class BatchNorm:
         -------
         dict of str to ndarray
             "weight", "bias", "running_mean", "running_var" and "num_batches_tracked" (an int64
-            array without dimensions), as far as the layer has them.
+            array without dimensions), as far as the layer has them. From a device they are copied
+            to the host, which waits for it.
 
         Examples
         --------
@@ -232,7 +274,7 @@ class BatchNorm:
         >>> np.savez("layer.npz", **numbabn.BatchNorm(2).state_dict())  # doctest: +SKIP
         >>> numbabn.BatchNorm(2).load_state_dict(np.load("layer.npz"))  # doctest: +SKIP
         """
-        state = {name: array.copy() for name, array in self._state().items()}
+        state = {name: to_numpy(array) for name, array in self._state().items()}
         if self.track_running_stats:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
@@ -262,7 +304,9 @@ class BatchNorm:
         arrays = {name: np.asarray(state[name]) for name in own}
         for name, array in arrays.items():
             checks.per_channel(name, array, self.num_features)
-            checks.writable(name, own[name], {})
+        places = {name: next(iter(borrow(None, **{name: array}))) for name, array in own.items()}
+        for name, place in places.items():
+            checks.writable(name, place, {})
         with np.errstate(all="ignore"):
             # Copies, because they may be this layer's own arrays under other names.
             arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}
@@ -270,5 +314,6 @@ class BatchNorm:
             seen = np.asarray(state["num_batches_tracked"])
             checks.count("num_batches_tracked", seen)
             self.num_batches_tracked = int(seen)
-        for name, array in own.items():
-            array[...] = arrays[name]
+        for name, place in places.items():
+            backend = backend_of(name, place)
+            backend.copy(place, backend.upload(arrays[name], place))

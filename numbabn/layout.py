@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 # Channels; rows shorter than this do not pay for a loop each, and run as planes whose places are
 # gathered into tiles: 6 times as fast or more at 3 channels, on a busy machine.
 NARROW_ROW = 16
@@ -42,10 +40,10 @@ class Layout(NamedTuple):
     views: tuple[View | None, ...]  # outputs, inputs, and the mask
     copies: tuple[tuple[Any, Any], ...]  # (an output, the contiguous stand-in to copy back)
 
-    def finish(self) -> None:
+    def finish(self, backend: Any) -> None:
         """Put into place the outputs that could not be viewed."""
         for array, stand_in in self.copies:
-            array[...] = stand_in
+            backend.copy(array, stand_in)
 
 
 _view = partial(tuple.__new__, View)
@@ -114,12 +112,19 @@ def _plan(
 
 
 def arrange(
-    axis: int, inputs: Sequence[Any], outputs: Sequence[Any] = (), *, mask: Any = None
+    backend: Any,
+    axis: int,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any] = (),
+    *,
+    mask: Any = None,
 ) -> Layout:
     """View the arrays of one call, all of one shape and dtype, as planes or as rows.
 
     Parameters
     ----------
+    backend : module
+        What allocates and copies where the arrays are.
     axis : int
         The channel's, not negative.
     inputs, outputs : sequence of arrays or None
@@ -147,8 +152,8 @@ def arrange(
     plan = _plan(shape, axis, itemsize, tuple(strides), masked) if aligned else None
     if plan is None:
         arrays = (
-            *(None if a is None else np.empty(a.shape, a.dtype) for a in outputs),
-            *(None if a is None else np.require(a, requirements=["C", "A"]) for a in inputs),
+            *(None if a is None else backend.empty(a.shape, a.dtype, a) for a in outputs),
+            *(None if a is None else backend.contiguous(a) for a in inputs),
         )
         copies = tuple(
             (output, stand_in)

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
 from .functional import batch_stats
+from .libraries import library_of, namespace
 from .stats import BatchStats
 
 
@@ -17,7 +16,7 @@ def population_stats(
 
     Parameters
     ----------
-    batches : iterable of ndarray, or one ndarray or memmap
+    batches : iterable of arrays, or one array or memmap
         One array is a data set in one piece; a memmap is read from disk as it is summed.
     axis : int
         Which dimension is the channel.
@@ -52,7 +51,7 @@ def population_stats(
     """
     if method not in ("exact", "paper"):
         raise ValueError(f"method: expected 'exact' or 'paper', got {method!r}")
-    if isinstance(batches, np.ndarray):
+    if library_of(batches) is not None:
         batches = [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an iterable, got {type(batches).__qualname__}")
@@ -73,7 +72,7 @@ def _paper(each: Iterable[BatchStats]) -> BatchStats:
             raise ValueError("batches: expected more than one value per channel in each, got 1")
         count += stats.count
         # Chan's formula with a count of 1 each is a running mean.
-        zeros = np.zeros_like(stats.mean)
+        zeros = namespace("batches", stats.mean).zeros_like(stats.mean)
         means += BatchStats(1, stats.mean, zeros)
         variances += BatchStats(1, stats.unbiased_var, zeros)
     return BatchStats(count, means.mean, count * variances.mean)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-PerChannel = npt.NDArray[np.float64]
+from .libraries import host_of, library_of, namespace
+
+PerChannel = Any  # an array of float64 of any library, shape (C,)
 
 
 def _none() -> PerChannel:
     return np.zeros(0)
+
+
+def _on_device(array: Any) -> bool:
+    """Whether to leave an array where it is: to look at its numbers would copy them to the host."""
+    library = library_of(array)
+    return library not in (None, "numpy") and host_of(array) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +34,12 @@ class BatchStats:
         Their mean.
     m2 : ndarray of float64, shape (C,)
         The sum of their squared deviations from it.
+
+    Notes
+    -----
+    Statistics of a CUDA array are arrays of its library on its device and stay there: what is made
+    of them is too. For Numba's, which have no arithmetic, anything beyond ``count``, ``mean`` and
+    ``m2`` is a ``TypeError``.
 
     Examples
     --------
@@ -45,8 +59,10 @@ class BatchStats:
 
     def __post_init__(self) -> None:
         for name in ("mean", "m2"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
-        if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
+            array = getattr(self, name)
+            if not _on_device(array):
+                object.__setattr__(self, name, np.asarray(array, np.float64))
+        if len(self.mean.shape) != 1 or self.mean.shape != self.m2.shape:
             raise ValueError(
                 f"mean, m2: expected one shape (C,), got {self.mean.shape} and {self.m2.shape}"
             )
@@ -56,23 +72,26 @@ class BatchStats:
         """Statistics of no values in each of ``num_features`` channels: zeros."""
         return cls(0, np.zeros(num_features), np.zeros(num_features))
 
+    def _variance(self, correction: int) -> PerChannel:
+        xp = namespace("m2", self.m2)
+        if self.count <= correction:
+            return xp.full_like(self.m2, np.nan)
+        return self.m2 / (self.count - correction)
+
     @property
     def var(self) -> PerChannel:
         """The biased variance, ``m2 / count``; NaN where nothing was counted."""
-        with np.errstate(all="ignore"):
-            return np.asarray(self.m2 / np.float64(self.count))
+        return self._variance(0)
 
     @property
     def unbiased_var(self) -> PerChannel:
         """The unbiased variance, ``m2 / (count - 1)``; NaN below two values."""
-        if self.count < 2:
-            return np.full_like(self.m2, np.nan)
-        return self.m2 / (self.count - 1)
+        return self._variance(1)
 
     def invstd(self, eps: float = 1e-5) -> PerChannel:
         """``1 / sqrt(var + eps)``."""
         with np.errstate(all="ignore"):
-            return np.asarray(1.0 / np.sqrt(self.var + eps))
+            return 1.0 / namespace("m2", self.m2).sqrt(self.var + eps)
 
     def merge(self, other: BatchStats) -> BatchStats:
         """Return the statistics of both samples taken together; neither is changed.
@@ -81,24 +100,31 @@ class BatchStats:
 
         Raises
         ------
-        ValueError
-            If both count something, in different numbers of channels.
+        TypeError, ValueError
+            If both count something, in different numbers of channels or arrays of two libraries.
         """
         if not isinstance(other, BatchStats):
             raise TypeError(f"other: expected BatchStats, got {type(other).__qualname__}")
-        if self.count == 0 and self.mean.size in (0, other.mean.size):
+        channels, others = self.mean.shape[0], other.mean.shape[0]
+        if self.count == 0 and channels in (0, others):
             return other
-        if other.count == 0 and other.mean.size in (0, self.mean.size):
+        if other.count == 0 and others in (0, channels):
             return self
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"other: expected {self.mean.size} channels, got {other.mean.size}")
+        if channels != others:
+            raise ValueError(f"other: expected {channels} channels, got {others}")
+        if library_of(self.mean) != library_of(other.mean):
+            raise TypeError(
+                f"other: expected statistics in {type(self.mean).__qualname__}, "
+                f"got {type(other.mean).__qualname__}"
+            )
+        xp = namespace("mean", self.mean)
         count = self.count + other.count
         part = other.count / count
         with np.errstate(all="ignore"):
             delta = other.mean - self.mean
             # Beside an infinite mean, or where it overflows, the difference says nothing.
-            mean = np.where(
-                np.isfinite(delta),
+            mean = xp.where(
+                xp.isfinite(delta),
                 self.mean + delta * part,
                 self.mean * (self.count / count) + other.mean * part,
             )

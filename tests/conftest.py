@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numbabn
-from numbabn import cpu, functional, layout, results
+from numbabn import cpu
 from numbabn.cpu import schedule
 
 
@@ -21,7 +21,7 @@ class _PoisonedNumPy:
         return array
 
 
-def _poisoned_empty_like(x, empty_like=results.empty_like):
+def _poisoned_empty_like(x, empty_like=cpu.empty_like):
     array = empty_like(x)
     array.fill(np.nan)
     return array
@@ -29,9 +29,8 @@ def _poisoned_empty_like(x, empty_like=results.empty_like):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    monkeypatch.setattr(results, "empty_like", _poisoned_empty_like)
-    for module in (functional, layout, cpu):
-        monkeypatch.setattr(module, "np", _PoisonedNumPy())
+    monkeypatch.setattr(cpu, "empty_like", _poisoned_empty_like)
+    monkeypatch.setattr(cpu, "np", _PoisonedNumPy())
     schedule._pool.buffer[: 1 << 20].fill(0xFF)  # not a number, as any float
 
 

@@ -2,15 +2,18 @@
 
 import re
 from fractions import Fraction
+from importlib.util import find_spec
 from math import inf, nan, prod
 
 import cases
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import numbabn
 from numbabn import BatchStats, checks
+from numbabn.libraries import DeviceArray, Place
 
 SHAPE = (4, 3, 2, 2)
 FULL = ("x", "residual", "dy", "out")  # arguments of x's shape and dtype
@@ -83,13 +86,28 @@ arrays = over(*FULL, "weight", "bias", "running_mean", "running_var", "mean", "i
 per_channel = over("weight", "bias", "running_mean", "running_var", "mean", "invstd")
 
 
-class DeviceArray:
-    """What an array on a GPU looks like."""
+class OnADevice:
+    """What an array on a GPU looks like to who does not touch it."""
 
-    shape, ndim, dtype = SHAPE, len(SHAPE), np.dtype(np.float32)
     __cuda_array_interface__ = {  # noqa: RUF012
         "version": 3, "shape": SHAPE, "typestr": "<f4", "data": (0, False),
     }  # fmt: skip
+
+
+class OnTheCPU:
+    """What an array of another library looks like that is on no GPU."""
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+def seen(array, *, address=None, writeable=True):
+    """See a NumPy array as if it were on a device; its memory is not there to be read."""
+    address = array.ctypes.data if address is None else address
+    return DeviceArray(
+        None, Place(None, 0, 0, False), address, array.shape, array.strides, array.dtype,
+        writeable=writeable,
+    )  # fmt: skip
 
 
 class TestKindsAndDtypes:
@@ -121,15 +139,38 @@ class TestKindsAndDtypes:
         [
             (lambda a: a.tolist(), "list"),
             (lambda a: 1.0, "float"),
-            (lambda a: DeviceArray(), "DeviceArray"),
             (np.ma.masked_array, "MaskedArray"),
         ],
-        ids=["list", "number", "device", "masked"],
+        ids=["list", "number", "masked"],
     )
     def test_no_numpy_array(self, call, name, convert, kind):
         arguments = valid(call)
         arguments[name] = convert(arguments[name])
         refused(call, arguments, TypeError, name, "a NumPy array", kind)
+
+    @over("residual", "dy", "out", "weight", "bias", "running_mean", "running_var", calls=WITH_X)
+    def test_on_a_device_beside_numpy(self, call, name):
+        arguments = valid(call) | {name: OnADevice()}
+        refused(call, arguments, TypeError, name, "a NumPy array", "OnADevice")
+
+    @over("x")
+    def test_of_another_library_on_the_cpu(self, call, name):
+        arguments = valid(call) | {name: OnTheCPU()}
+        refused(call, arguments, TypeError, name, "or a CUDA array", "a OnTheCPU on the CPU")
+
+    @pytest.mark.skipif(find_spec("numba_cuda") is not None, reason="numba-cuda is there")
+    @over("x")
+    def test_on_a_device_without_numba_cuda(self, call, name):
+        before = contents(arguments := valid(call) | {name: OnADevice()})
+        with pytest.raises(RuntimeError, match=r"numba-cuda.*numbabn\[cuda13\]"):
+            FUNCTIONS[call][0](**arguments)
+        assert contents(arguments) == before
+
+    @over_calls(*WITH_X)
+    @pytest.mark.parametrize("stream", [0, 7, object()], ids=["0", "7", "object"])
+    def test_a_stream_beside_numpy(self, call, stream):
+        arguments = valid(call) | {"stream": stream}
+        refused(call, arguments, TypeError, "stream", "None", type(stream).__name__)
 
     @over("x", "dy", "mean", "invstd")
     def test_none(self, call, name):
@@ -406,6 +447,37 @@ class TestMemory:
         arguments |= {name: np.matrix(arguments[name], copy=False) for name in {*FULL} & {*plain}}
         FUNCTIONS[call][0](**arguments)
         np.testing.assert_array_equal(np.asarray(arguments["out"]), plain["out"])
+
+
+class TestOnADevice:
+    """What is known of memory that only a device can read; other checks are the same code."""
+
+    def test_overlap_is_told_by_addresses(self):
+        memory = np.zeros((8, 6), np.float32)
+        checks.writable("out", seen(memory[:4]), {"x": seen(memory[4:]), "residual": None})
+        checks.writable("out", seen(memory[:, ::2]), {"x": seen(memory[:, 1::2])})
+        for other in (memory[3:], memory[::-1][:5], memory[:4].T):
+            with pytest.raises(ValueError, match=r"out: expected memory of its own.*with x"):
+                checks.writable("out", seen(memory[:4]), {"x": seen(other)})
+
+    def test_no_address_is_read(self):
+        nowhere = seen(np.zeros((8, 6), ml_dtypes.bfloat16), address=2**44)
+        checks.writable("out", nowhere, {"x": nowhere}, in_place=("x",))
+        with pytest.raises(ValueError, match=r"out: expected memory of its own.*with x"):
+            checks.writable("out", nowhere, {"x": nowhere})
+
+    def test_read_only_and_over_itself(self):
+        x = np.zeros((8, 6))
+        with pytest.raises(ValueError, match="out: expected a writeable array"):
+            checks.writable("out", seen(x, writeable=False), {})
+        with pytest.raises(ValueError, match="out: expected distinct elements"):
+            checks.writable("out", seen(as_strided(x, (8, 6), (8, 8))), {})
+
+    def test_what_has_passed_is_told_from_numpy_arrays(self):
+        calls = []
+        check = checks.remembered(lambda *a: calls.append(a) or len(calls))
+        x = np.zeros((8, 6))
+        assert [check(x, 1), check(seen(x), 1), check(seen(x), 1), check(x, 1)] == [1, 2, 2, 1]
 
 
 @over_calls(*FUNCTIONS)

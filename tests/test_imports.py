@@ -12,12 +12,14 @@ import numbabn
 PACKAGE = Path(numbabn.__file__).parent
 LEVELS = {
     "reference": 0,
+    "libraries": 0,
     "checks": 1,
     "layout": 1,
     "results": 1,
     "stats": 1,
     "fold": 1,
     "cpu": 2,
+    "cuda": 2,
     "backends": 3,
     "functional": 4,
     "population": 5,

@@ -4,6 +4,7 @@ import cases
 import numpy as np
 import pytest
 
+from numbabn import cpu
 from numbabn.layout import arrange
 
 
@@ -21,7 +22,7 @@ def elements(layout, view):
 @cases.shapes
 def test_contiguous_arrays_are_viewed_whole(shape, axis):
     x = np.arange(np.prod(shape)).reshape(shape)
-    layout = arrange(axis % x.ndim, (x,))
+    layout = arrange(cpu, axis % x.ndim, (x,))
     assert layout.views[0].array is x
     expected = np.moveaxis(x, axis, 0).reshape(shape[axis], -1)
     np.testing.assert_array_equal(elements(layout, layout.views[0]), expected)
@@ -33,7 +34,7 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
     x = np.arange(9.0 * 4 * 5 * 6).reshape(9, 4, 5, 6)
     laid, other, y = lay(x), np.asfortranarray(-x), np.zeros_like(x)
     mask = np.zeros(-(-x.size // 8), np.uint8)
-    layout = arrange(axis, (laid, other, None), (y, None), mask=mask)
+    layout = arrange(cpu, axis, (laid, other, None), (y, None), mask=mask)
     y_view, no_output, x_view, other_view, no_input, bits_view = layout.views
     assert no_output is None
     assert no_input is None
@@ -46,7 +47,7 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
     np.testing.assert_array_equal(bits, values)
 
     strided(layout, y_view)[...] = strided(layout, x_view)
-    layout.finish()
+    layout.finish(cpu)
     np.testing.assert_array_equal(y, x)
 
 
@@ -70,13 +71,13 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
 )
 def test_kind_follows_memory(shape, axis, order, kind):
     x = cases._memory_order(np.zeros(shape), order)
-    layout = arrange(axis, (x,), (np.empty_like(x),))
+    layout = arrange(cpu, axis, (x,), (np.empty_like(x),))
     assert layout.kind == kind
     assert not layout.copies
 
 
 def test_one_channel_is_one_long_plane():
-    layout = arrange(1, (np.zeros((5, 1, 8, 9)),))
+    layout = arrange(cpu, 1, (np.zeros((5, 1, 8, 9)),))
     assert (layout.kind, layout.shape) == ("planes", (1, 1, 360))
 
 
@@ -96,4 +97,4 @@ def test_one_channel_is_one_long_plane():
     ],
 )
 def test_adjoining_planes_and_rows_lie_without_a_gap(x, axis, adjoining):
-    assert arrange(axis, (x,), (np.empty(x.shape),)).adjoining is adjoining
+    assert arrange(cpu, axis, (x,), (np.empty(x.shape),)).adjoining is adjoining

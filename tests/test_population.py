@@ -141,8 +141,12 @@ def test_far_from_zero(offset):
     [
         (None, TypeError, "batches: expected an iterable, got NoneType"),
         (7.0, TypeError, "batches: expected an iterable, got float"),
-        ([[[1.0, 2.0]]], TypeError, "x: expected a NumPy array, got list"),
-        (np.ma.ones((4, 3)), TypeError, "x: expected a NumPy array, got MaskedArray"),
+        ([[[1.0, 2.0]]], TypeError, "x: expected a NumPy array or a CUDA array, got list"),
+        (
+            np.ma.ones((4, 3)),
+            TypeError,
+            "x: expected a NumPy array or a CUDA array, got MaskedArray",
+        ),
         (
             [np.ones((4, 3), int)],
             TypeError,

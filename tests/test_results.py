@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import numbabn
-from numbabn import results
+from numbabn import cpu
 from numbabn.results import LINE, SMALLEST, Pool
 
 LIMIT = 16 * SMALLEST
@@ -250,7 +250,7 @@ def test_results_outlive_the_program_in_silence():
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_every_fresh_result_comes_from_the_pool(pool, monkeypatch, activation):
-    monkeypatch.setattr(results, "empty_like", pool.empty_like)
+    monkeypatch.setattr(cpu, "empty_like", pool.empty_like)
     x = cases.normal((16, 64, 12, 12), np.float32)
     C = np.ones(64, np.float32)
 

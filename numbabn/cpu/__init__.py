@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import Layout
+from ..results import empty_like as empty_like
 from . import compilation, planes, rows, schedule
 
 PerChannel = npt.NDArray[np.float64]
@@ -133,3 +134,28 @@ def cache_folder() -> str | None:
 def allocate_mask(x: Any) -> Any:
     """Zeros for one bit per element of ``x``."""
     return np.zeros(-(-x.size // 8), np.uint8)
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """Allocate a contiguous array."""
+    return np.empty(shape, dtype)
+
+
+def contiguous(array: Any) -> Any:
+    """Give the array itself, or an aligned copy in C order."""
+    return np.require(array, requirements=["C", "A"])
+
+
+def copy(target: Any, source: Any) -> None:
+    """Copy between arrays of one shape."""
+    target[...] = source
+
+
+def upload(values: Any, like: Any) -> Any:
+    """Give a NumPy array, which is where it is needed."""
+    return values
+
+
+def give(*arrays: Any) -> tuple[Any, ...]:
+    """Give results to the caller as they are."""
+    return arrays

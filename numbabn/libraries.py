@@ -1,0 +1,149 @@
+"""Whose an array is, told by its type, and what one on a device looks like in here.
+
+Nothing is imported that the caller has not imported already.
+"""
+
+import math
+import sys
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The class that makes an array, by the first part of its module's name.
+_CLASSES = {
+    "numpy": ("ndarray",),
+    "torch": ("Tensor",),
+    "cupy": ("ndarray",),
+    "numba": ("DeviceNDArrayBase", "FakeCUDAArray"),  # on a GPU, and in numba's simulator
+    "jaxlib": ("ArrayImpl",),
+}
+# Where a library has sqrt, isfinite, where, full_like, zeros_like and ones_like.
+_NAMESPACES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jaxlib": "jax.numpy"}
+ANY = "any other library"
+
+
+@cache
+def _of_type(kind: type) -> str | None:
+    if issubclass(kind, np.ma.MaskedArray):
+        return None  # its mask would be ignored without a word
+    for base in kind.__mro__:
+        library = base.__module__.partition(".")[0]
+        if base.__name__ in _CLASSES.get(library, ()):
+            return library
+    protocols = ("__cuda_array_interface__", "__dlpack_device__")
+    return ANY if any(hasattr(kind, name) for name in protocols) else None
+
+
+def library_of(array: Any) -> str | None:
+    """Name an array's library: `ANY` if it has a protocol alone, None if it is no array."""
+    kind: type = type(array)
+    return _of_type(kind)
+
+
+def host_of(array: Any) -> str | None:
+    """Say where an array of a library other than NumPy lies, if that is not a CUDA device."""
+    library = library_of(array)
+    where = "cuda"
+    if library == "torch":
+        where = array.device.type
+    elif library == "jaxlib":
+        where = array.platform().replace("gpu", "cuda")
+    elif library == ANY and hasattr(array, "__dlpack_device__"):
+        where = "cpu" if array.__dlpack_device__()[0] == 1 else "cuda"
+    return None if where == "cuda" else f"the {where.upper()}"
+
+
+def namespace(name: str, array: Any) -> Any:
+    """Give the module that computes on an array, under NumPy's names.
+
+    Raises
+    ------
+    TypeError
+        If its library has no arithmetic.
+    """
+    library = library_of(array)
+    if library not in _NAMESPACES:
+        kind = type(array).__qualname__
+        raise TypeError(f"{name}: expected an array of a library with arithmetic, got {kind}")
+    return sys.modules[_NAMESPACES[library]]
+
+
+class Place(NamedTuple):
+    """Where the arrays of a call are, and in which order with other work."""
+
+    library: Any  # how `numbabn.cuda.arrays` speaks with it
+    device: int
+    stream: int  # handle
+    given: bool  # whether the caller named the stream, not the library
+
+
+class Flags(NamedTuple):
+    """As NumPy's."""
+
+    aligned: bool
+    writeable: bool
+    c_contiguous: bool
+
+
+@lru_cache(maxsize=1024)
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    expected = itemsize
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
+
+
+class DeviceArray:
+    """An array of any library on a CUDA device: what checks, layout and kernels read of one.
+
+    It never touches the memory, nor waits for it.
+
+    Attributes
+    ----------
+    address : int
+        Of the first element.
+    owner : object
+        The caller's array, or what will become it.
+    base : object
+        What else must live as long.
+    place : Place
+        The call's.
+    shape, strides, dtype, itemsize, ndim, size, nbytes, flags
+        As of an ndarray.
+    """
+
+    __slots__ = (
+        "address", "base", "dtype", "flags", "itemsize", "nbytes", "ndim", "owner", "place",
+        "shape", "size", "strides",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        owner: Any,
+        place: Place,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: Any,
+        *,
+        writeable: bool = True,
+        base: Any = None,
+    ) -> None:
+        itemsize = dtype.itemsize
+        self.owner = owner
+        self.place = place
+        self.address = address
+        self.shape = shape
+        self.strides = strides
+        self.dtype = dtype
+        self.base = base
+        self.itemsize = itemsize
+        self.ndim = len(shape)
+        self.size = math.prod(shape)
+        self.nbytes = self.size * itemsize
+        self.flags = Flags(
+            address % itemsize == 0, writeable, _contiguous(shape, strides, itemsize)
+        )
