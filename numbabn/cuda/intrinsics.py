@@ -1,0 +1,745 @@
+"""What a kernel cannot say in Python: 16 bytes of memory at a time, and what warps and grids share.
+
+Numbers are loaded as `Lanes`: as many as one access moves, and, whatever memory stores, as they are
+computed with. `simulator` has a twin of everything here under the same name.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import cuda
+from numba.cuda import types
+from numba.cuda.cudadecl import registry as declarations
+from numba.cuda.cudaimpl import registry as implementations
+from numba.cuda.extending import intrinsic, models, register_model
+from numba.cuda.typing.templates import AbstractTemplate, signature
+
+from .formats import (
+    ACCESS,
+    COLUMNS,
+    CONSTANTS,
+    FORMATS,
+    STAGE,
+    SUMS,
+)
+
+_BOOL, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+_HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+_IR = {types.float32: _FLOAT, types.float64: _DOUBLE}
+_COMPUTED = {"float32": types.float32, "float64": types.float64}
+_SHARED = 3  # address space of NVVM
+# What one instruction moves, by its bytes, and the registers that take it.
+_ACCESS = {16: ("v4.b32", 4), 8: ("b64", 1), 4: ("b32", 1), 2: ("b16", 1)}
+_REGISTER = {16: (_I32, "r"), 8: (_I64, "l"), 4: (_I32, "r"), 2: (_I16, "h")}
+# Every operation has the same flags wherever it stands, so that the same numbers round alike.
+_FLAGS = ("contract", "nsz")
+
+
+class Global(types.Type):
+    """An address in global memory, whose numbers are moved `width` at a time."""
+
+    def __init__(self, format_name: str, width: int) -> None:
+        self.format = FORMATS[format_name]
+        self.width = width
+        self.computed = _COMPUTED[self.format.computed]
+        super().__init__(name=f"Global({format_name}, {width})")
+
+
+class Lanes(types.Type):
+    """Numbers in registers, all of one vector."""
+
+    def __init__(self, dtype, width: int) -> None:
+        self.dtype = dtype
+        self.width = width
+        super().__init__(name=f"Lanes({dtype}, {width})")
+
+
+class Packed(types.Type):
+    """Numbers in registers as they are stored."""
+
+    def __init__(self, x: Global) -> None:
+        self.stored = x
+        super().__init__(name=f"Packed({x})")
+
+
+class Shared(types.Type):
+    """An address in a block's shared memory, of float64."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Shared")
+
+
+def _vector(kind):
+    return ir.VectorType(_IR[kind.dtype], kind.width)
+
+
+def _raw(kind):
+    """Give the type of the bits that one access moves."""
+    nbytes = kind.width * kind.format.itemsize
+    register, _ = _REGISTER[nbytes]
+    return ir.VectorType(register, 4) if nbytes == 16 else register
+
+
+@register_model(Global)
+class _GlobalModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _I64)
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _vector(kind))
+
+
+@register_model(Packed)
+class _PackedModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _raw(kind.stored))
+
+
+@register_model(Shared)
+class _SharedModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _DOUBLE.as_pointer(_SHARED))
+
+
+def _lanes(kind):
+    """Give the type of what is loaded from a `Global`."""
+    return Lanes(kind.computed, kind.width)
+
+
+def _same(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _spread(builder, value, kind):
+    """Put a number into every lane."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, _same(ir.VectorType(_I32, kind.count), 0))
+
+
+def _part(builder, value, start, count):
+    """Give some lanes of a vector."""
+    chosen = ir.Constant(ir.VectorType(_I32, count), list(range(start, start + count)))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), chosen)
+
+
+def _asm(builder, result, kinds, text, constraints, args):
+    return builder.asm(ir.FunctionType(result, kinds), text, constraints, args, side_effect=True)
+
+
+# Arithmetic of lanes, with lanes or with one number for all of them.
+
+_OPERATIONS = {
+    operator.add: "fadd",
+    operator.sub: "fsub",
+    operator.mul: "fmul",
+    operator.truediv: "fdiv",
+}
+
+
+def _arithmetic(operation, name):
+    @declarations.register_global(operation)
+    class _Typing(AbstractTemplate):
+        key = operation
+
+        def generic(self, args, kws):
+            a, b = args
+            kind = a if isinstance(a, Lanes) else b
+            if isinstance(kind, Lanes) and a in (kind, kind.dtype) and b in (kind, kind.dtype):
+                return signature(kind, a, b)
+            return None
+
+    def lower(context, builder, signature, args):
+        kind = _vector(signature.return_type)
+        a, b = (v if v.type == kind else _spread(builder, v, kind) for v in args)
+        return getattr(builder, name)(a, b, flags=_FLAGS)
+
+    for pair in ((Lanes, Lanes), (Lanes, types.Float), (types.Float, Lanes)):
+        implementations.lower(operation, *pair)(lower)
+
+
+for _operation, _name in _OPERATIONS.items():
+    _arithmetic(_operation, _name)
+
+
+@intrinsic
+def width(typing_context, x):
+    """How many numbers one access moves."""
+
+    def codegen(context, builder, signature, args):
+        return _I64(x.width)
+
+    return types.int64(x), codegen
+
+
+@intrinsic
+def is_wide(typing_context, x):
+    """Whether x is computed in float64."""
+
+    def codegen(context, builder, signature, args):
+        return _BOOL(x.computed == types.float64)
+
+    return types.boolean(x), codegen
+
+
+@intrinsic
+def width_of(typing_context, lanes):
+    """How many lanes there are."""
+
+    def codegen(context, builder, signature, args):
+        return _I64(lanes.width)
+
+    return types.int64(lanes), codegen
+
+
+@intrinsic
+def present(typing_context, x):
+    """Whether there is such an array."""
+
+    def codegen(context, builder, signature, args):
+        return builder.icmp_unsigned("!=", args[0], _I64(0))
+
+    return types.boolean(x), codegen
+
+
+@intrinsic
+def as_computed(typing_context, x, value):
+    """Convert a number to the type in which x is computed."""
+
+    def codegen(context, builder, signature, args):
+        return context.cast(builder, args[1], value, x.computed)
+
+    return x.computed(x, value), codegen
+
+
+@intrinsic
+def zeros(typing_context, x):
+    """Lanes of zeros, as x is computed."""
+
+    def codegen(context, builder, signature, args):
+        return _same(_vector(_lanes(x)), 0.0)
+
+    return _lanes(x)(x), codegen
+
+
+@intrinsic
+def wide(typing_context, lanes):
+    """Convert lanes to float64."""
+    result = Lanes(types.float64, lanes.width)
+
+    def codegen(context, builder, signature, args):
+        return args[0] if lanes == result else builder.fpext(args[0], _vector(result))
+
+    return result(lanes), codegen
+
+
+@intrinsic
+def narrow(typing_context, x, lanes):
+    """Round lanes of float64 to the type in which x is computed."""
+    result = Lanes(x.computed, lanes.width)
+
+    def codegen(context, builder, signature, args):
+        return args[1] if lanes == result else builder.fptrunc(args[1], _vector(result))
+
+    return result(x, lanes), codegen
+
+
+@intrinsic
+def total(typing_context, lanes):
+    """Sum of all lanes: halves are added until one number is left."""
+
+    def codegen(context, builder, signature, args):
+        value = args[0]
+        while value.type.count > 1:
+            half = value.type.count // 2
+            low, high = _part(builder, value, 0, half), _part(builder, value, half, half)
+            value = builder.fadd(low, high, flags=_FLAGS)
+        return builder.extract_element(value, _I32(0))
+
+    return lanes.dtype(lanes), codegen
+
+
+@intrinsic
+def finite_or_zero(typing_context, lanes):
+    """0 in place of what is infinite or not a number."""
+
+    def codegen(context, builder, signature, args):
+        value = args[0]
+        zero = _same(value.type, 0.0)
+        finite = builder.fcmp_ordered("==", builder.fmul(value, zero), zero)
+        return builder.select(finite, value, zero)
+
+    return lanes(lanes), codegen
+
+
+@intrinsic
+def spread(typing_context, x, value):
+    """Put a float64 into as many lanes as x has."""
+    result = Lanes(types.float64, x.width)
+
+    def codegen(context, builder, signature, args):
+        return _spread(builder, args[1], _vector(result))
+
+    return result(x, types.float64), codegen
+
+
+@intrinsic
+def relu(typing_context, lanes):
+    """``max(lanes, 0)``; NaN stays NaN."""
+
+    def codegen(context, builder, signature, args):
+        zero = _same(args[0].type, 0.0)
+        return builder.select(builder.fcmp_ordered("<=", args[0], zero), zero, args[0])
+
+    return lanes(lanes), codegen
+
+
+@intrinsic
+def keep_where(typing_context, bits, lanes):
+    """0 in the lanes whose bit is not set."""
+
+    def codegen(context, builder, signature, args):
+        bits, value = args
+        powers = ir.Constant(ir.VectorType(_I32, lanes.width), [1 << k for k in range(lanes.width)])
+        spread = _spread(builder, bits, powers.type)
+        unset = builder.icmp_unsigned("==", builder.and_(spread, powers), _same(powers.type, 0))
+        return builder.select(unset, _same(value.type, 0.0), value)
+
+    return lanes(types.int32, lanes), codegen
+
+
+@intrinsic
+def quotient(typing_context, a, b):
+    """Divide numbers that are not negative: ``a // b``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.udiv(*args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def reciprocal(typing_context, value):
+    """``1 / value``, of float32 in one instruction and to a unit in the last place."""
+
+    def codegen(context, builder, signature, args):
+        if value == types.float64:
+            return builder.fdiv(_DOUBLE(1.0), args[0])
+        kind = ir.FunctionType(_FLOAT, [_FLOAT])
+        return builder.asm(kind, "rcp.approx.f32 $0, $1;", "=f,f", args, side_effect=False)
+
+    return value(value), codegen
+
+
+@intrinsic
+def square_root(typing_context, value):
+    """Square root of a float64."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(_DOUBLE, [_DOUBLE])
+        return builder.asm(kind, "sqrt.rn.f64 $0, $1;", "=d,d", args, side_effect=False)
+
+    return types.float64(types.float64), codegen
+
+
+# Memory. Inline assembly, because LLVM splits a vector of 16-bit numbers that is taken apart.
+
+
+def _address(builder, kind, at, index):
+    shift = kind.format.itemsize.bit_length() - 1
+    return builder.add(at, builder.shl(index, _I64(shift)))
+
+
+def _load_raw(builder, kind, address):
+    """Load the bits of some numbers with one instruction: an integer, or a vector of four."""
+    nbytes = kind.width * kind.format.itemsize
+    suffix, count = _ACCESS[nbytes]
+    register, letter = _REGISTER[nbytes]
+    if count == 1:
+        return _asm(
+            builder, register, [_I64], f"ld.global.{suffix} $0, [$1];", f"={letter},l", [address]
+        )
+    result = ir.LiteralStructType([register] * count)
+    words = _asm(
+        builder, result, [_I64],
+        f"ld.global.{suffix} {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l", [address],
+    )  # fmt: skip
+    raw = ir.Constant(ir.VectorType(register, count), ir.Undefined)
+    for k in range(count):
+        raw = builder.insert_element(raw, builder.extract_value(words, k), _I32(k))
+    return raw
+
+
+def _store_raw(builder, kind, address, raw):
+    nbytes = kind.width * kind.format.itemsize
+    suffix, count = _ACCESS[nbytes]
+    register, letter = _REGISTER[nbytes]
+    if count == 1:
+        text, constraints, words = f"st.global.{suffix} [$0], $1;", f"l,{letter}", [raw]
+    else:
+        text, constraints = f"st.global.{suffix} [$0], {{$1, $2, $3, $4}};", "l,r,r,r,r"
+        words = [builder.extract_element(raw, _I32(k)) for k in range(count)]
+    _asm(builder, ir.VoidType(), [_I64] + [register] * count, text, constraints, [address, *words])
+
+
+def _widened(builder, kind, raw):
+    """From the bits of stored numbers to numbers that are computed with."""
+    count = kind.width
+    result = ir.VectorType(_IR[kind.computed], count)
+    if kind.format.itemsize > 2:
+        return builder.bitcast(raw, result)
+    bits = builder.bitcast(raw, ir.VectorType(_I16, count))
+    if kind.format.name == "float16":
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(_HALF, count)), result)
+    words = builder.zext(bits, ir.VectorType(_I32, count))
+    return builder.bitcast(builder.shl(words, _same(words.type, 16)), result)
+
+
+def _rounded(builder, kind, value):
+    """From numbers that were computed to the bits that are stored, to nearest even."""
+    count = kind.width
+    raw_type = _raw(kind)
+    if kind.format.itemsize > 2:
+        return builder.bitcast(value, raw_type)
+    ptx = {"float16": "f16", "bfloat16": "bf16"}[kind.format.name]
+    if count == 1:
+        kind = ir.FunctionType(_I16, [_FLOAT])
+        number = builder.extract_element(value, _I32(0))
+        return builder.asm(kind, f"cvt.rn.{ptx}.f32 $0, $1;", "=h,f", [number], side_effect=False)
+    kind = ir.FunctionType(_I32, [_FLOAT, _FLOAT])
+    raw = ir.Constant(raw_type, ir.Undefined)
+    for k in range(count // 2):
+        low, high = (builder.extract_element(value, _I32(2 * k + i)) for i in (0, 1))
+        word = builder.asm(
+            kind, f"cvt.rn.{ptx}x2.f32 $0, $1, $2;", "=r,f,f", [high, low], side_effect=False
+        )
+        raw = builder.insert_element(raw, word, _I32(k))
+    return raw
+
+
+@intrinsic
+def load(typing_context, x, index):
+    """Load numbers of x from an index on."""
+
+    def codegen(context, builder, signature, args):
+        return _load_raw(builder, x, _address(builder, x, *args))
+
+    return Packed(x)(x, types.int64), codegen
+
+
+@intrinsic
+def nothing(typing_context, x):
+    """Zeros in place of what `load` gives."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(_raw(x), None)
+
+    return Packed(x)(x), codegen
+
+
+@intrinsic
+def unpack(typing_context, packed):
+    """Convert what was loaded to what is computed with."""
+    x = packed.stored
+
+    def codegen(context, builder, signature, args):
+        return _widened(builder, x, args[0])
+
+    return _lanes(x)(packed), codegen
+
+
+@intrinsic
+def store(typing_context, y, index, lanes):
+    """Write numbers of y from an index on."""
+
+    def codegen(context, builder, signature, args):
+        raw = _rounded(builder, y, args[2])
+        _store_raw(builder, y, _address(builder, y, *args[:2]), raw)
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, lanes), codegen
+
+
+@intrinsic
+def passed(typing_context, y, lanes):
+    """Bits that say which lanes are not ``<= 0`` once they are stored in y."""
+
+    def codegen(context, builder, signature, args):
+        value = args[1]
+        if y.format.itemsize == 2:
+            value = _widened(builder, y, _rounded(builder, y, value))
+        through = builder.fcmp_unordered(">", value, _same(value.type, 0.0))
+        bits = _I32(0)
+        for k in range(lanes.width):
+            bit = builder.zext(builder.extract_element(through, _I32(k)), _I32)
+            bits = builder.or_(bits, builder.shl(bit, _I32(k)))
+        return bits
+
+    return types.int32(y, lanes), codegen
+
+
+@intrinsic
+def get(typing_context, x, index):
+    """Read one number of x."""
+    one = Global(x.format.name, 1)
+
+    def codegen(context, builder, signature, args):
+        raw = _load_raw(builder, one, _address(builder, x, *args))
+        return builder.extract_element(_widened(builder, one, raw), _I32(0))
+
+    return x.computed(x, types.int64), codegen
+
+
+@intrinsic
+def put(typing_context, y, index, value):
+    """Write one number of y."""
+    one = Global(y.format.name, 1)
+
+    def codegen(context, builder, signature, args):
+        value = _spread(builder, args[2], ir.VectorType(_IR[y.computed], 1))
+        raw = _rounded(builder, one, value)
+        _store_raw(builder, one, _address(builder, y, *args[:2]), raw)
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, y.computed), codegen
+
+
+def _at(format_name):
+    @intrinsic
+    def numbers_at(typing_context, address):
+        """Numbers of this format from an address on."""
+
+        def codegen(context, builder, signature, args):
+            return args[0]
+
+        return Global(format_name, 1)(types.int64), codegen
+
+    return numbers_at
+
+
+float16_at, bfloat16_at, float32_at, float64_at = map(_at, FORMATS)
+
+
+@intrinsic
+def every_bit(typing_context):
+    """Bits that are all set."""
+
+    def codegen(context, builder, signature, args):
+        return _I32(-1)
+
+    return types.int32(), codegen
+
+
+@intrinsic
+def get_bits(typing_context, mask, bit):
+    """Read the bits of a mask from one on to the end of its byte."""
+
+    def codegen(context, builder, signature, args):
+        mask, bit = args
+        address = builder.add(mask, builder.ashr(bit, _I64(3)))
+        byte = _asm(builder, _I32, [_I64], "ld.global.u8 $0, [$1];", "=r,l", [address])
+        shift = builder.trunc(builder.and_(bit, _I64(7)), _I32)
+        return builder.lshr(byte, shift)
+
+    return types.int32(mask, types.int64), codegen
+
+
+@intrinsic
+def gathered(typing_context, y, bits):
+    """Put together the 32 bits of neighbouring threads that hold one word, as many each as y has.
+
+    All threads of a warp must take part.
+    """
+
+    def codegen(context, builder, signature, args):
+        lane = _asm(builder, _I32, [], "mov.u32 $0, %laneid;", "=r", [])
+        shift = builder.and_(builder.mul(lane, _I32(y.width)), _I32(31))
+        word = builder.shl(args[1], shift)
+        distance = 1
+        while distance * y.width < 32:
+            text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+            word = builder.or_(word, _asm(builder, _I32, [_I32], text, "=r,r", [word]))
+            distance *= 2
+        return word
+
+    return types.int32(y, types.int32), codegen
+
+
+@intrinsic
+def put_word(typing_context, mask, bit, bits):
+    """Write 32 bits of a mask, from a bit on that begins a word."""
+
+    def codegen(context, builder, signature, args):
+        mask, bit, bits = args
+        address = builder.add(mask, builder.ashr(bit, _I64(3)))
+        text = "st.global.b32 [$0], $1;"
+        _asm(builder, ir.VoidType(), [_I64, _I32], text, "l,r", [address, bits])
+        return context.get_dummy_value()
+
+    return types.void(mask, types.int64, types.int32), codegen
+
+
+@intrinsic
+def or_bits(typing_context, mask, bit, bits):
+    """Set bits of a mask, none of them beyond the word of the first."""
+
+    def codegen(context, builder, signature, args):
+        mask, bit, bits = args
+        word = builder.shl(builder.ashr(bit, _I64(5)), _I64(2))
+        shift = builder.trunc(builder.and_(bit, _I64(31)), _I32)
+        text = "red.relaxed.gpu.global.or.b32 [$0], $1;"
+        operands = [builder.add(mask, word), builder.shl(bits, shift)]
+        _asm(builder, ir.VoidType(), [_I64, _I32], text, "l,r", operands)
+        return context.get_dummy_value()
+
+    return types.void(mask, types.int64, types.int32), codegen
+
+
+@intrinsic
+def arrive(typing_context, counters, index, last):
+    """Count a block's arrival; give how many came before. The counter starts anew after `last`."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.add(args[0], builder.shl(args[1], _I64(2)))
+        old = _asm(
+            builder, _I32, [_I64, _I32],
+            "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;", "=r,l,r",
+            [address, builder.trunc(args[2], _I32)],
+        )  # fmt: skip
+        return builder.zext(old, _I64)
+
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+# What a block shares.
+
+
+def _shared(count):
+    @intrinsic
+    def shared(typing_context):
+        """Shared memory for as many numbers of float64."""
+
+        def codegen(context, builder, signature, args):
+            kind = ir.ArrayType(_DOUBLE, count)
+            name = builder.module.get_unique_name("shared")
+            memory = ir.GlobalVariable(builder.module, kind, name, addrspace=_SHARED)
+            memory.linkage = "internal"
+            memory.align = ACCESS
+            memory.initializer = ir.Constant(kind, ir.Undefined)
+            return builder.bitcast(memory, _DOUBLE.as_pointer(_SHARED))
+
+        return Shared()(), codegen
+
+    return shared
+
+
+shared_sums, shared_constants, shared_lanes = map(_shared, (SUMS, COLUMNS * CONSTANTS, STAGE))
+
+
+@intrinsic
+def read(typing_context, memory, index):
+    """Read a number of shared memory."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(args[0], [args[1]], source_etype=_DOUBLE), typ=_DOUBLE)
+
+    return types.float64(memory, types.int64), codegen
+
+
+@intrinsic
+def write(typing_context, memory, index, value):
+    """Write a number of shared memory."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], builder.gep(args[0], [args[1]], source_etype=_DOUBLE))
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, types.float64), codegen
+
+
+@intrinsic
+def read_lanes(typing_context, x, memory, index, step):
+    """Read lanes of float64, as many as x has, `step` numbers apart."""
+    result = Lanes(types.float64, x.width)
+
+    def codegen(context, builder, signature, args):
+        _, memory, index, step = args
+        value = ir.Constant(_vector(result), ir.Undefined)
+        for k in range(x.width):
+            at = builder.gep(memory, [index], source_etype=_DOUBLE)
+            value = builder.insert_element(value, builder.load(at, typ=_DOUBLE), _I32(k))
+            index = builder.add(index, step)
+        return value
+
+    return result(x, memory, types.int64, types.int64), codegen
+
+
+@intrinsic
+def write_lanes(typing_context, memory, index, step, lanes):
+    """Write lanes of float64, `step` numbers apart."""
+
+    def codegen(context, builder, signature, args):
+        memory, index, step, value = args
+        for k in range(lanes.width):
+            at = builder.gep(memory, [index], source_etype=_DOUBLE)
+            builder.store(builder.extract_element(value, _I32(k)), at)
+            index = builder.add(index, step)
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, types.int64, lanes), codegen
+
+
+def device(function):
+    """Compile a function that kernels call."""
+    return cuda.jit(function, device=True, forceinline=True)
+
+
+@device
+def thread():
+    """Which thread of its block this is."""
+    return types.int64(cuda.threadIdx.x)
+
+
+@device
+def block():
+    """Which block of the grid this is."""
+    return types.int64(cuda.blockIdx.x)
+
+
+@device
+def threads():
+    """Threads of a block."""
+    return types.int64(cuda.blockDim.x)
+
+
+@device
+def blocks():
+    """Blocks of the grid."""
+    return types.int64(cuda.gridDim.x)
+
+
+@device
+def barrier():
+    """Wait for the block's other threads."""
+    cuda.syncthreads()
+
+
+@device
+def any_of(flag):
+    """Whether the flag of any thread of the block is set; waits as `barrier` does."""
+    return cuda.syncthreads_or(types.int32(flag)) != 0
+
+
+@device
+def fence():
+    """Let all blocks see what this thread wrote before what it writes after."""
+    cuda.threadfence()
+
+
+@device
+def from_neighbour(value, distance):
+    """Give the value of the thread whose number within the warp differs in these bits."""
+    return cuda.shfl_xor_sync(0xFFFFFFFF, value, distance)

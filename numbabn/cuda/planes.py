@@ -1,0 +1,433 @@
+"""Kernels for planes: x is ``[N, C, S]``, with the channel outside of the places.
+
+A channel is cut into pieces: some planes, or some places of one. A block takes a piece at a time;
+its threads lie side by side along the places, and below one another along the planes. The sums of
+a piece, and how those of all pieces are put together, depend on the shape alone.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .target import (
+    barrier,
+    block,
+    blocks,
+    device,
+    every_bit,
+    finite_or_zero,
+    get,
+    get_bits,
+    keep_where,
+    load,
+    nothing,
+    present,
+    put,
+    quotient,
+    shared_constants,
+    shared_sums,
+    spread,
+    store,
+    thread,
+    threads,
+    total,
+    unpack,
+    wide,
+    width,
+    zeros,
+)
+from .vector import (
+    AS_IT_IS,
+    Products,
+    absorb,
+    affine,
+    attempt_for,
+    block_sum,
+    finish_moments,
+    finish_products,
+    gradient,
+    gradient_affine,
+    is_last,
+    multiply,
+    no_moments,
+    normal,
+    normalized,
+    scale_of,
+    set_affine,
+    set_gradient_affine,
+    set_normal,
+    squares,
+    totals,
+    whole_words,
+    write_bits,
+)
+
+
+class Piece(NamedTuple):
+    """Planes ``n`` to ``n_end``, places ``s`` to ``s_end`` of a channel, as a thread sees them."""
+
+    c: Any
+    n: Any  # first plane of the thread
+    n_end: Any
+    n_step: Any
+    s: Any  # first place of the thread
+    s_end: Any
+    s_step: Any
+
+
+class Place(NamedTuple):
+    """Where a thread is in its piece."""
+
+    n: Any
+    s: Any
+
+
+@device
+def _corner(shape, piece):
+    """First plane and place of a piece of any channel."""
+    plane = quotient(piece, shape.per_plane)
+    return Place(plane * shape.planes, (piece - plane * shape.per_plane) * shape.places)
+
+
+@device
+def _size(shape, piece):
+    """How many numbers a piece has."""
+    first = _corner(shape, piece)
+    n_end, s_end = min(first.n + shape.planes, shape.N), min(first.s + shape.places, shape.S)
+    return np.float64((n_end - first.n) * (s_end - first.s))
+
+
+@device
+def _piece(x, shape, c, piece):
+    first = _corner(shape, piece)
+    t = thread()
+    side = t & ((1 << shape.across) - 1)
+    return Piece(
+        c,
+        first.n + (t >> shape.across), min(first.n + shape.planes, shape.N), shape.below,
+        first.s + side * width(x), min(first.s + shape.places, shape.S), width(x) << shape.across,
+    )  # fmt: skip
+
+
+@device
+def _start(piece):
+    return Place(piece.n, piece.s)
+
+
+@device
+def _next(piece, place):
+    """Go on along the places, then along the planes."""
+    s = place.s + piece.s_step
+    if s < piece.s_end:
+        return Place(place.n, s)
+    return Place(place.n + piece.n_step, piece.s)
+
+
+@device
+def _inside(piece, place):
+    return place.n < piece.n_end and place.s < piece.s_end
+
+
+@device
+def _index(a, c, place):
+    return place.n * a.dn + c * a.dc + place.s * a.ds
+
+
+@device
+def _load(a, c, place, inside):
+    """Load the numbers of a place; none if it lies outside, or there is no such array."""
+    if inside and present(a.at):
+        return load(a.at, _index(a, c, place))
+    return nothing(a.at)
+
+
+# Statistics.
+
+
+@device
+def _thread_moments(x, shape, piece, anchor, scale):
+    """Moments of what a thread takes of a piece."""
+    a = _start(piece)
+    held = no_moments(x.at, anchor, scale)
+    for _ in range(0, shape.rounds, 4):
+        b = _next(piece, a)
+        c = _next(piece, b)
+        d = _next(piece, c)
+        has_a, has_b = _inside(piece, a), _inside(piece, b)
+        has_c, has_d = _inside(piece, c), _inside(piece, d)
+        x_a, x_b = _load(x, piece.c, a, has_a), _load(x, piece.c, b, has_b)
+        x_c, x_d = _load(x, piece.c, c, has_c), _load(x, piece.c, d, has_d)
+        if has_a:
+            held = absorb(x.at, held, unpack(x_a), scale)
+        if has_b:
+            held = absorb(x.at, held, unpack(x_b), scale)
+        if has_c:
+            held = absorb(x.at, held, unpack(x_c), scale)
+        if has_d:
+            held = absorb(x.at, held, unpack(x_d), scale)
+        a = _next(piece, d)
+    return held
+
+
+@device
+def _piece_moments(x, shape, c, index, sums):
+    """Take mean and M2 of a piece, known to every thread."""
+    piece = _piece(x.at, shape, c, index)
+    first = get(x.at, _index(x, piece.c, _corner(shape, index)))
+    anchor = finite_or_zero(zeros(x.at) + first)
+    size = _size(shape, index)
+    shift = m2 = 0.0
+    attempt = AS_IT_IS
+    for _ in range(2):
+        scale = scale_of(x.at, attempt)
+        held = _thread_moments(x, shape, piece, anchor, scale)
+        shift = block_sum(total(totals(held, scale)), sums) / size
+        m2 = block_sum(total(squares(held, scale, spread(x.at, shift))), sums)
+        attempt = attempt_for(x.at, m2)
+        if attempt == AS_IT_IS:
+            break
+    return total(wide(anchor)) / np.float64(width(x.at)) + shift, m2
+
+
+@device
+def _sum_moments(x, memory, shape, c, index, sums):
+    """Put a piece's count, mean and M2 where its channel's are: [3, C, pieces]."""
+    mean, m2 = _piece_moments(x, shape, c, index, sums)
+    if thread() == 0:
+        at, half = c * shape.pieces + index, shape.C * shape.pieces
+        put(memory.partials, at, _size(shape, index))
+        put(memory.partials, at + half, mean)
+        put(memory.partials, at + 2 * half, m2)
+
+
+@device
+def _finish_statistics(memory, parameters, settings, shape, c, sums):
+    """Put the moments of a channel's pieces together; save the channel's."""
+    first, end, half = c * shape.pieces, (c + 1) * shape.pieces, shape.C * shape.pieces
+    pivot = get(memory.partials, first + half)
+    pivot = pivot if pivot - pivot == 0.0 else 0.0
+    far = 0.0
+    for at in range(first + thread(), end, threads()):
+        far += (get(memory.partials, at + half) - pivot) * get(memory.partials, at)
+    count = np.float64(shape.N * shape.S)
+    mean = pivot + block_sum(far, sums) / count
+    m2 = 0.0
+    for at in range(first + thread(), end, threads()):
+        off = get(memory.partials, at + half) - mean
+        m2 += get(memory.partials, at + 2 * half) + off * off * get(memory.partials, at)
+    m2 = block_sum(m2, sums)
+    if thread() == 0:
+        finish_moments(c, count, mean, m2, parameters, settings)
+
+
+def statistics_planes(x, parameters, settings, memory, shape):
+    """Take statistics, a block for each piece; the last one of a channel puts them together."""
+    sums = shared_sums()
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        c = quotient(task, shape.pieces)
+        _sum_moments(x, memory, shape, c, task - c * shape.pieces, sums)
+        if is_last(memory.counters, c, shape.pieces, sums):
+            _finish_statistics(memory, parameters, settings, shape, c, sums)
+
+
+# Normalize.
+
+
+@device
+def _normalize_place(maps, piece, place, has, x, residual, constants, settings, together):
+    y = normalized(unpack(x), unpack(residual), constants, settings.rectify != 0)
+    if has:
+        store(maps.y.at, _index(maps.y, piece.c, place), y)
+    if present(maps.mask.at):
+        write_bits(
+            maps.y.at, maps.mask.at, _index(maps.mask, piece.c, place), y, has,
+            place.s, piece.s_end, together,
+        )  # fmt: skip
+
+
+@device
+def _normalize_piece(maps, parameters, settings, shape, c, index, memory):
+    kind = maps.x.at
+    piece = _piece(kind, shape, c, index)
+    barrier()
+    if thread() == 0:
+        set_affine(kind, piece.c, parameters, settings, memory, 0, 1)
+    barrier()
+    constants = affine(kind, memory, 0, 0, 1)
+    together = whole_words(kind, maps.mask.at, maps.mask.ds, shape.across)
+    a = _start(piece)
+    for _ in range(0, shape.rounds, 4):
+        b = _next(piece, a)
+        c = _next(piece, b)
+        d = _next(piece, c)
+        has_a, has_b = _inside(piece, a), _inside(piece, b)
+        has_c, has_d = _inside(piece, c), _inside(piece, d)
+        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
+        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
+        r_a, r_b = _load(maps.residual, piece.c, a, has_a), _load(maps.residual, piece.c, b, has_b)
+        r_c, r_d = _load(maps.residual, piece.c, c, has_c), _load(maps.residual, piece.c, d, has_d)
+        _normalize_place(maps, piece, a, has_a, x_a, r_a, constants, settings, together)
+        _normalize_place(maps, piece, b, has_b, x_b, r_b, constants, settings, together)
+        _normalize_place(maps, piece, c, has_c, x_c, r_c, constants, settings, together)
+        _normalize_place(maps, piece, d, has_d, x_d, r_d, constants, settings, together)
+        a = _next(piece, d)
+
+
+def normalize_planes(maps, parameters, settings, shape):
+    """Normalize by given statistics: saved ones, or in inference the running ones."""
+    memory = shared_constants()
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        c = quotient(task, shape.pieces)
+        _normalize_piece(maps, parameters, settings, shape, c, task - c * shape.pieces, memory)
+
+
+def forward_planes(maps, parameters, settings, shape):
+    """Take statistics and normalize, a block for each channel, which is one piece."""
+    sums, constants = shared_sums(), shared_constants()
+    for c in range(block(), shape.groups, blocks()):
+        mean, m2 = _piece_moments(maps.x, shape, c, 0, sums)
+        if thread() == 0:
+            finish_moments(c, _size(shape, 0), mean, m2, parameters, settings)
+        _normalize_piece(maps, parameters, settings, shape, c, 0, constants)
+
+
+# Backward.
+
+
+@device
+def _passed(maps, c, place, inside):
+    """Load the bits of a place; all are set if there is no mask."""
+    if inside and present(maps.mask.at):
+        return get_bits(maps.mask.at, _index(maps.mask, c, place))
+    return every_bit()
+
+
+@device
+def _thread_products(maps, shape, piece, constants):
+    """Sum what a thread takes of a piece; what lies outside of it is 0."""
+    kind = maps.x.at
+    held = Products(zeros(kind), zeros(kind))
+    a = _start(piece)
+    for _ in range(0, shape.rounds, 4):
+        b = _next(piece, a)
+        c = _next(piece, b)
+        d = _next(piece, c)
+        has_a, has_b = _inside(piece, a), _inside(piece, b)
+        has_c, has_d = _inside(piece, c), _inside(piece, d)
+        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
+        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
+        dy_a, dy_b = _load(maps.dy, piece.c, a, has_a), _load(maps.dy, piece.c, b, has_b)
+        dy_c, dy_d = _load(maps.dy, piece.c, c, has_c), _load(maps.dy, piece.c, d, has_d)
+        bits_a, bits_b = _passed(maps, piece.c, a, has_a), _passed(maps, piece.c, b, has_b)
+        bits_c, bits_d = _passed(maps, piece.c, c, has_c), _passed(maps, piece.c, d, has_d)
+        held = multiply(held, dy_a, bits_a, x_a, constants, has_a)
+        held = multiply(held, dy_b, bits_b, x_b, constants, has_b)
+        held = multiply(held, dy_c, bits_c, x_c, constants, has_c)
+        held = multiply(held, dy_d, bits_d, x_d, constants, has_d)
+        a = _next(piece, d)
+    return held
+
+
+@device
+def _piece_products(maps, gradients, shape, c, index, sums, constants):
+    """Sum dy and its products of a piece, known to every thread."""
+    piece = _piece(maps.x.at, shape, c, index)
+    barrier()
+    if thread() == 0:
+        set_normal(maps.x.at, piece.c, gradients, constants, 0, 1)
+    barrier()
+    held = _thread_products(maps, shape, piece, normal(maps.x.at, constants, 0, 0, 1))
+    dy = block_sum(total(wide(held.dy)), sums)
+    return dy, block_sum(total(wide(held.dy_x)), sums)
+
+
+@device
+def _sum_products(maps, gradients, memory, shape, c, index, sums, constants):
+    """Put a piece's products where its channel's are: [2, C, pieces]."""
+    dy, dy_x = _piece_products(maps, gradients, shape, c, index, sums, constants)
+    if thread() == 0:
+        at = c * shape.pieces + index
+        put(memory.partials, at, dy)
+        put(memory.partials, at + shape.C * shape.pieces, dy_x)
+
+
+@device
+def _finish_products(kind, memory, gradients, shape, c, sums):
+    """Put the products of a channel's pieces together; save the channel's."""
+    first, half = c * shape.pieces, shape.C * shape.pieces
+    dy = dy_x = 0.0
+    for piece in range(thread(), shape.pieces, threads()):
+        dy += get(memory.partials, first + piece)
+        dy_x += get(memory.partials, half + first + piece)
+    dy, dy_x = block_sum(dy, sums), block_sum(dy_x, sums)
+    if thread() == 0:
+        finish_products(kind, c, dy, dy_x, gradients, memory.sums, shape.C)
+
+
+def products_planes(maps, gradients, memory, shape):
+    """Sum for the gradients by weight and bias, a block for each piece, as for statistics."""
+    sums, constants = shared_sums(), shared_constants()
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        c = quotient(task, shape.pieces)
+        _sum_products(maps, gradients, memory, shape, c, task - c * shape.pieces, sums, constants)
+        if is_last(memory.counters, c, shape.pieces, sums):
+            _finish_products(maps.x.at, memory, gradients, shape, c, sums)
+
+
+@device
+def _gradient_place(maps, piece, place, has, x, dy, bits, constants, training):
+    if has:
+        dy = keep_where(bits, unpack(dy))
+        dx = gradient(dy, unpack(x), constants) if training != 0 else dy * constants.scale
+        store(maps.dx.at, _index(maps.dx, piece.c, place), dx)
+        if present(maps.dresidual.at):
+            store(maps.dresidual.at, _index(maps.dresidual, piece.c, place), dy)
+
+
+@device
+def _gradient_piece(maps, gradients, training, memory, shape, c, index, columns):
+    kind = maps.x.at
+    piece = _piece(kind, shape, c, index)
+    barrier()
+    if thread() == 0:
+        count = np.float64(shape.N * shape.S)
+        set_gradient_affine(kind, piece.c, count, gradients, memory.sums, shape.C, columns, 0, 1)
+    barrier()
+    constants = gradient_affine(kind, columns, 0, 0, 1)
+    a = _start(piece)
+    for _ in range(0, shape.rounds, 4):
+        b = _next(piece, a)
+        c = _next(piece, b)
+        d = _next(piece, c)
+        has_a, has_b = _inside(piece, a), _inside(piece, b)
+        has_c, has_d = _inside(piece, c), _inside(piece, d)
+        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
+        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
+        dy_a, dy_b = _load(maps.dy, piece.c, a, has_a), _load(maps.dy, piece.c, b, has_b)
+        dy_c, dy_d = _load(maps.dy, piece.c, c, has_c), _load(maps.dy, piece.c, d, has_d)
+        bits_a, bits_b = _passed(maps, piece.c, a, has_a), _passed(maps, piece.c, b, has_b)
+        bits_c, bits_d = _passed(maps, piece.c, c, has_c), _passed(maps, piece.c, d, has_d)
+        _gradient_place(maps, piece, a, has_a, x_a, dy_a, bits_a, constants, training)
+        _gradient_place(maps, piece, b, has_b, x_b, dy_b, bits_b, constants, training)
+        _gradient_place(maps, piece, c, has_c, x_c, dy_c, bits_c, constants, training)
+        _gradient_place(maps, piece, d, has_d, x_d, dy_d, bits_d, constants, training)
+        a = _next(piece, d)
+
+
+def gradient_planes(maps, gradients, training, memory, shape):
+    """Write dx and dresidual from what `products_planes` has summed."""
+    constants = shared_constants()
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        c = quotient(task, shape.pieces)
+        piece = task - c * shape.pieces
+        _gradient_piece(maps, gradients, training, memory, shape, c, piece, constants)
+
+
+def backward_planes(maps, gradients, training, memory, shape):
+    """Sum and write dx, a block for each channel, which is one piece."""
+    sums, constants = shared_sums(), shared_constants()
+    for c in range(block(), shape.groups, blocks()):
+        dy, dy_x = _piece_products(maps, gradients, shape, c, 0, sums, constants)
+        if thread() == 0:
+            finish_products(maps.x.at, c, dy, dy_x, gradients, memory.sums, shape.C)
+        _gradient_piece(maps, gradients, training, memory, shape, c, 0, constants)

@@ -1,0 +1,436 @@
+"""What both views share: what a thread sums, what a block sums, constants, and bits.
+
+A thread sums no more than `schedule.DEPTH` accesses of a piece in the type that it computes with;
+from there on sums run in float64. Its moments are, lane by lane, those of Welford, "Note on a
+method for calculating corrected sums of squares and products" (1962), about an anchor, the
+piece's first number: differences from it are exact near it, so that no offset of the data costs
+anything. They are put together by their counts, as in Chan, Golub & LeVeque (1983), but all at
+once: first the mean of all, then the squares about it.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .formats import BFLOAT16, FLOAT16, FLOAT32, WARP
+from .target import (
+    arrive,
+    as_computed,
+    barrier,
+    bfloat16_at,
+    device,
+    fence,
+    float16_at,
+    float32_at,
+    float64_at,
+    from_neighbour,
+    gathered,
+    get,
+    is_wide,
+    keep_where,
+    narrow,
+    or_bits,
+    passed,
+    present,
+    put,
+    put_word,
+    read,
+    read_lanes,
+    reciprocal,
+    relu,
+    square_root,
+    thread,
+    threads,
+    unpack,
+    wide,
+    width,
+    width_of,
+    write,
+    write_lanes,
+    zeros,
+)
+
+# One number per channel.
+
+
+@device
+def nearest(x, value):
+    """Round to the type that x is computed in."""
+    return np.float64(as_computed(x, value))
+
+
+@device
+def number(numbers, c, default):
+    """Channel ``c``'s number, in float64."""
+    if numbers.at == 0:
+        return np.float64(default)
+    at = numbers.at + c * numbers.step
+    if numbers.format == FLOAT16:
+        return np.float64(get(float16_at(at), 0))
+    if numbers.format == BFLOAT16:
+        return np.float64(get(bfloat16_at(at), 0))
+    if numbers.format == FLOAT32:
+        return np.float64(get(float32_at(at), 0))
+    return get(float64_at(at), 0)
+
+
+@device
+def set_number(numbers, c, value):
+    """Set channel ``c``'s number, if there is one."""
+    if numbers.at != 0:
+        at = numbers.at + c * numbers.step
+        if numbers.format == FLOAT16:
+            put(float16_at(at), 0, np.float32(value))
+        elif numbers.format == BFLOAT16:
+            put(bfloat16_at(at), 0, np.float32(value))
+        elif numbers.format == FLOAT32:
+            put(float32_at(at), 0, np.float32(value))
+        else:
+            put(float64_at(at), 0, value)
+
+
+@device
+def _update_running(running, c, batch, momentum):
+    if running.at != 0:
+        set_number(running, c, (1.0 - momentum) * number(running, c, 0.0) + momentum * batch)
+
+
+@device
+def _inverse(var, eps):
+    return 1.0 / square_root(var + eps)
+
+
+@device
+def finish_moments(c, count, mean, m2, parameters, settings):
+    """Save a channel's statistics."""
+    set_number(parameters.mean, c, mean)
+    set_number(parameters.m2, c, m2)
+    set_number(parameters.invstd, c, _inverse(m2 / count, settings.eps))
+    _update_running(parameters.running_mean, c, mean, settings.momentum)
+    unbiased = m2 / (count - settings.correction)
+    _update_running(parameters.running_var, c, unbiased, settings.momentum)
+
+
+@device
+def finish_products(x, c, dy, dy_x, gradients, sums, C):
+    """Save a channel's gradients by bias and weight, and what writing dx takes."""
+    mean, invstd = number(gradients.mean, c, 0.0), number(gradients.invstd, c, 0.0)
+    # What `set_normal` has left of the mean.
+    dy_x -= (mean - nearest(x, mean)) * invstd * dy
+    put(sums, c, dy)
+    put(sums, C + c, dy_x)
+    set_number(gradients.dbias, c, dy)
+    set_number(gradients.dweight, c, dy_x)
+
+
+# Moments of a thread.
+
+
+class Moments(NamedTuple):
+    """Of as many numbers in each lane."""
+
+    anchor: Any  # lanes: a number of the piece
+    total: Any  # lanes: sum of the differences from the anchor
+    m2: Any  # lanes: sum of the squared differences from the mean
+    count: Any  # numbers of a lane
+    share: Any  # 1 / count
+
+
+# Squares of what deviates by less than 2**-40, or by more than 2**60, leave float32's normal
+# numbers, or may once they are summed. They are summed again then, scaled.
+SMALL, LARGE = 2.0**-80, 2.0**120
+AS_IT_IS, GROWN, SHRUNK = range(3)
+
+
+@device
+def scale_of(x, attempt):
+    """Give the power of two by which deviations are scaled."""
+    scale = 1.0 if attempt == AS_IT_IS else 2.0**64 if attempt == GROWN else 2.0**-64
+    return as_computed(x, scale)
+
+
+@device
+def attempt_for(x, m2):
+    """Choose how to sum again after squares have come to m2 as they are; so, if all is well."""
+    if is_wide(x) or SMALL <= m2 <= LARGE:
+        return AS_IT_IS
+    return GROWN if m2 < SMALL else SHRUNK
+
+
+@device
+def no_moments(x, anchor, scale):
+    """Begin with moments of nothing, about an anchor."""
+    none = zeros(x)
+    zero = as_computed(x, 0)
+    return Moments(anchor * scale, none, none, zero, zero)
+
+
+@device
+def absorb(x, held, lanes, scale):
+    """Add a number to each lane."""
+    one = as_computed(x, 1)
+    far = lanes * scale - held.anchor
+    delta = far - held.total * held.share  # from the mean of those before
+    count = held.count + one
+    share = reciprocal(count)
+    return Moments(
+        held.anchor, held.total + far, held.m2 + delta * delta * (one - share), count, share
+    )
+
+
+@device
+def totals(held, scale):
+    """Sum of each lane's differences from the anchor, in float64."""
+    return wide(held.total) * (1.0 / np.float64(scale))
+
+
+@device
+def squares(held, scale, shift):
+    """Sum of each lane's squared differences from ``anchor + shift``, in float64."""
+    count = np.float64(held.count)
+    back = 1.0 / np.float64(scale)
+    off = wide(held.total) * (back / count if count > 0.0 else 0.0) - shift
+    return wide(held.m2) * (back * back) + off * off * count
+
+
+# Products of a thread.
+
+
+class Products(NamedTuple):
+    """Sums in each lane."""
+
+    dy: Any  # lanes
+    dy_x: Any  # lanes: of dy * (x - mean) * invstd
+
+
+@device
+def multiply(held, dy, bits, x, constants, valid):
+    """Add a number and its product to each lane, where they are valid."""
+    if not valid:  # and an infinite mean would make NaN of 0
+        return held
+    dy = keep_where(bits, unpack(dy))
+    normal_x = (unpack(x) - constants.mean) * constants.invstd
+    return Products(held.dy + dy, held.dy_x + dy * normal_x)
+
+
+# Sums of a block.
+
+
+@device
+def block_sum(value, memory):
+    """Sum of a number of each thread, given to all of them."""
+    distance = 1
+    while distance < WARP:
+        value += from_neighbour(value, distance)
+        distance *= 2
+    if thread() % WARP == 0:
+        write(memory, thread() // WARP, value)
+    barrier()
+    result = 0.0
+    for warp in range(threads() // WARP):
+        result += read(memory, warp)
+    barrier()
+    return result
+
+
+@device
+def staged(lanes, memory):
+    """Sum some of a column's lanes for each thread: that of column ``thread() % columns``."""
+    t, step = thread(), threads()
+    # Row after row of threads, so that lane k of thread t lies at t * width + k.
+    write_lanes(memory, t * width_of(lanes), 1, lanes)
+    barrier()
+    value = 0.0
+    for k in range(width_of(lanes)):
+        value += read(memory, t + k * step)
+    barrier()
+    return value
+
+
+@device
+def column_sum(value, memory, columns):
+    """Sum of a number of each thread of a column, given to all of them."""
+    t = thread()
+    write(memory, t, value)
+    barrier()
+    half = threads() >> 1
+    while half >= columns:
+        if t < half:
+            write(memory, t, read(memory, t) + read(memory, t + half))
+        barrier()
+        half >>= 1
+    value = read(memory, t & (columns - 1))
+    barrier()
+    return value
+
+
+@device
+def by_lanes(x, value, memory, columns, column):
+    """Give a thread's lanes what the threads of their columns have."""
+    if thread() < columns:
+        write(memory, thread(), value)
+    barrier()
+    lanes = read_lanes(x, memory, column, 1)
+    barrier()
+    return lanes
+
+
+@device
+def is_last(counters, index, count, memory):
+    """Whether all other blocks that count on this index have come; tells every thread."""
+    fence()
+    barrier()
+    if thread() == 0:
+        write(memory, 0, np.float64(arrive(counters, index, count - 1)))
+    barrier()
+    before = read(memory, 0)
+    barrier()
+    return before == np.float64(count - 1)
+
+
+# Constants: computed in float64 by one thread for each channel of a block, used as lanes.
+
+
+class Normal(NamedTuple):
+    """``(x - mean) * invstd``."""
+
+    mean: Any
+    invstd: Any
+
+
+class Affine(NamedTuple):
+    """``y = (x - mean) * scale + shift``."""
+
+    mean: Any
+    scale: Any
+    shift: Any
+
+
+class GradientAffine(NamedTuple):
+    """``dx = (dy - mean_dy - (x - mean) * slope) * scale + shift``."""
+
+    mean: Any
+    slope: Any
+    mean_dy: Any
+    scale: Any
+    shift: Any
+
+
+@device
+def set_normal(x, c, gradients, memory, column, step):
+    """Compute a channel's constants of `multiply`."""
+    write(memory, column, nearest(x, number(gradients.mean, c, 0.0)))
+    write(memory, column + step, number(gradients.invstd, c, 0.0))
+
+
+@device
+def normal(x, memory, column, between, step):
+    """Give a thread's constants: those of its lanes lie `between` numbers apart."""
+    return Normal(
+        narrow(x, read_lanes(x, memory, column, between)),
+        narrow(x, read_lanes(x, memory, column + step, between)),
+    )
+
+
+@device
+def set_affine(x, c, parameters, settings, memory, column, step):
+    """Compute a channel's constants of `normalized`; the mean's remainder goes into the shift."""
+    if parameters.invstd.at != 0:
+        mean, invstd = number(parameters.mean, c, 0.0), number(parameters.invstd, c, 0.0)
+    else:
+        mean = number(parameters.running_mean, c, 0.0)
+        invstd = _inverse(number(parameters.running_var, c, 0.0), settings.eps)
+    scale = invstd * number(parameters.weight, c, 1.0)
+    near = nearest(x, mean)
+    write(memory, column, near)
+    write(memory, column + step, scale)
+    write(memory, column + 2 * step, number(parameters.bias, c, 0.0) - (mean - near) * scale)
+
+
+@device
+def affine(x, memory, column, between, step):
+    """Give a thread's constants, as `normal` does."""
+    return Affine(
+        narrow(x, read_lanes(x, memory, column, between)),
+        narrow(x, read_lanes(x, memory, column + step, between)),
+        narrow(x, read_lanes(x, memory, column + 2 * step, between)),
+    )
+
+
+@device
+def set_gradient_affine(x, c, count, gradients, sums, C, memory, column, step):
+    """Compute a channel's constants of `gradient`; remainders go into the shift."""
+    mean, invstd = number(gradients.mean, c, 0.0), number(gradients.invstd, c, 0.0)
+    scale = invstd * number(gradients.weight, c, 1.0)
+    mean_dy, slope = get(sums, c) / count, get(sums, C + c) / count * invstd
+    near, near_dy = nearest(x, mean), nearest(x, mean_dy)
+    write(memory, column, near)
+    write(memory, column + step, slope)
+    write(memory, column + 2 * step, near_dy)
+    write(memory, column + 3 * step, scale)
+    write(memory, column + 4 * step, ((mean - near) * slope - (mean_dy - near_dy)) * scale)
+
+
+@device
+def gradient_affine(x, memory, column, between, step):
+    """Give a thread's constants, as `normal` does."""
+    return GradientAffine(
+        narrow(x, read_lanes(x, memory, column, between)),
+        narrow(x, read_lanes(x, memory, column + step, between)),
+        narrow(x, read_lanes(x, memory, column + 2 * step, between)),
+        narrow(x, read_lanes(x, memory, column + 3 * step, between)),
+        narrow(x, read_lanes(x, memory, column + 4 * step, between)),
+    )
+
+
+# What is done to the numbers of one access.
+
+
+@device
+def normalized(lanes, residual, constants, rectify):
+    """``act((x - mean) * scale + shift + residual)``."""
+    y = (lanes - constants.mean) * constants.scale + constants.shift + residual
+    return relu(y) if rectify else y
+
+
+@device
+def gradient(dy, lanes, constants):
+    """Dx in training."""
+    dy = dy - constants.mean_dy - (lanes - constants.mean) * constants.slope
+    return dy * constants.scale + constants.shift
+
+
+# Bits.
+
+WORD = 32
+
+
+@device
+def whole_words(y, mask, step, across):
+    """Whether neighbouring threads hold the bits of a word."""
+    side = WORD // width(y)
+    return present(mask) and step == 1 and side <= WARP and side <= 1 << across
+
+
+@device
+def write_bits(y, mask, bit, lanes, valid, index, stop, together):
+    """Write which numbers passed the ReLU.
+
+    Parameters
+    ----------
+    bit : where the mask has this thread's first number.
+    valid : whether the thread has numbers at all.
+    index, stop : the number's index along the axis on which threads are neighbours, and the end.
+    together : whether `whole_words`; then all threads of a warp must call.
+    """
+    bits = passed(y, lanes)
+    if together:
+        within = thread() * width(y) % WORD
+        word = gathered(y, bits)
+        # With numbers beyond the end, or where words begin elsewhere, each sets its own bits.
+        if index - within + WORD <= stop and (bit - within) % WORD == 0:
+            if valid and within == 0:
+                put_word(mask, bit, word)
+            return
+    if valid:
+        or_bits(mask, bit, bits)
