@@ -8,7 +8,7 @@ import numpy as np
 
 from ..layout import Layout, View
 from ..libraries import DeviceArray
-from .arguments import Backward, Forward, Gradients, Parameters, Settings, Shape, numbers_of
+from .arguments import Backward, Forward, Gradients, Memory, Parameters, Settings, Shape, numbers_of
 from .arrays import (
     allocate_mask,
     borrow,
@@ -23,11 +23,12 @@ from .arrays import (
 from .formats import FORMATS
 from .schedule import is_whole, shape_of
 from .target import SIMULATED
+from .workspace import workspace
 
 if SIMULATED:
-    from .simulation import launch, map_of, mask_of, on_device, workspace
+    from .simulation import launch, map_of, mask_of, memory_of, on_device
 else:
-    from .launch import launch, map_of, mask_of, on_device, workspace
+    from .launch import launch, map_of, mask_of, memory_of, on_device
 
 __all__ = [
     "allocate_mask",
@@ -72,9 +73,11 @@ class _Call:
         """Allocate one float64 per channel."""
         return empty((self.shape.C,), np.float64, self.like)
 
-    def memory(self) -> Any:
+    def memory(self) -> Memory:
         columns = self.width << self.shape.across if self.view == "rows" else 1
-        return self.workspace.memory(self.place, self.shape, columns)
+        self.workspace.fit(self.shape, columns, self.like)
+        shared = self.workspace
+        return memory_of(shared.partials, shared.sums, shared.counters)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
         launch(

@@ -83,7 +83,7 @@ class Memory(NamedTuple):
 
     partials: Any  # `Global` of float64: pieces' counts, means and M2, or their two sums
     sums: Any  # `Global` of float64 [2, C]: sum of dy, sum of dy * (x - mean) * invstd
-    counters: int  # address of int32: pieces of a channel, or of a group, that have come; zeros
+    counters: Any  # address of int32: pieces of a channel, or of a group, that have come; zeros
 
 
 class Shape(NamedTuple):

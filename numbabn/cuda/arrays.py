@@ -451,6 +451,14 @@ def empty(shape: tuple[int, ...], dtype: Any, like: DeviceArray) -> DeviceArray:
     return _allocate(shape, _c_strides(shape, dtype.itemsize), dtype, like.place)
 
 
+def zeros(shape: tuple[int, ...], dtype: Any, like: DeviceArray) -> DeviceArray:
+    """Allocate a contiguous array of zeros beside another."""
+    array = empty(shape, dtype, like)
+    if array.size:
+        array.place.library.clear(array)
+    return array
+
+
 def empty_like(x: DeviceArray) -> DeviceArray:
     """Allocate an array with the same order of axes in memory, as ``numpy.empty_like``."""
     order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
@@ -487,8 +495,6 @@ def contiguous(array: DeviceArray) -> DeviceArray:
 def allocate_mask(x: DeviceArray) -> DeviceArray:
     """Zeros for one bit per element of ``x``, in memory of whole words."""
     nbytes = -(-x.size // 8)
-    memory = empty((-(-nbytes // WORD) * WORD,), np.uint8, x)
-    if nbytes:
-        x.place.library.clear(memory)
+    memory = zeros((-(-nbytes // WORD) * WORD,), np.uint8, x)
     mask: DeviceArray = x.place.library.view("mask", memory.owner[:nbytes], x.place)
     return mask

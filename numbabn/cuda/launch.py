@@ -13,11 +13,10 @@ from cuda.core import Device, LaunchConfig, ObjectCode, Stream
 from cuda.core import launch as _launch
 
 from ..layout import View
-from ..libraries import Place
+from ..libraries import DeviceArray, Place
 from .arguments import Map, Memory
 from .compilation import OLDEST, Variant, compiled
 from .formats import MOST_BLOCKS, THREADS
-from .workspace import Workspace
 
 _LEGACY = 1  # handle of the stream that 0 stands for
 
@@ -35,27 +34,6 @@ def _stream(handle: int) -> Any:
     return Stream.from_handle(handle or _LEGACY)
 
 
-class _OnDevice(Workspace):
-    def _allocate(self, place: Place) -> tuple[Any, ...]:
-        device, stream = Device(place.device), _stream(place.stream)
-        partials, sums, counters = self.sizes
-        arrays = tuple(
-            device.allocate(max(nbytes, 1), stream=stream)
-            for nbytes in (8 * partials, 8 * sums, 4 * counters)
-        )
-        arrays[2].fill(0, stream=stream)
-        return arrays
-
-    def _memory(self) -> Memory:
-        return Memory(*(int(buffer.handle) for buffer in self.arrays))
-
-
-@cache
-def workspace(device: int, stream: int) -> Workspace:
-    """Give a stream's memory."""
-    return _OnDevice()
-
-
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
     """Pass an array that is moved `width` numbers at a time."""
     if view is None:
@@ -66,6 +44,11 @@ def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
 def mask_of(view: View | None) -> Map:
     """Pass a mask of bits."""
     return map_of(view, 1, (0, 0, 0))
+
+
+def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
+    """Pass what blocks share."""
+    return Memory(partials.address, sums.address, counters.address)
 
 
 @cache

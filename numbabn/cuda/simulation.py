@@ -1,35 +1,17 @@
 """How kernels are launched in Numba's simulator."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..layout import View
-from ..libraries import Place
+from ..libraries import DeviceArray, Place
 from . import planes, rows
 from .arguments import Map, Memory
 from .formats import FORMATS, MOST_BLOCKS, THREADS
 from .simulator import Flat, flat, flat_bytes, run
-from .workspace import Workspace
-
-
-class _Simulated(Workspace):
-    def _allocate(self, place: Place) -> tuple[Any, ...]:
-        partials, sums, counters = self.sizes
-        return np.full(partials, np.nan), np.full(sums, np.nan), np.zeros(counters, np.int32)
-
-    def _memory(self) -> Memory:
-        partials, sums, counters = self.arrays
-        wide = FORMATS["float64"]
-        return Memory(Flat(wide, 1, partials), Flat(wide, 1, sums), counters)
-
-
-@cache
-def workspace(device: int, stream: int) -> Workspace:
-    """Give a stream's memory."""
-    return _Simulated()
 
 
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
@@ -47,6 +29,16 @@ def mask_of(view: View | None) -> Map:
     if view is None:
         return Map(None, 0, 0, 0)
     return Map(flat_bytes(view.array.address, view.array.nbytes), *view[1:])
+
+
+def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
+    """Pass what blocks share."""
+    wide = partial(flat, "float64", 1)
+    return Memory(
+        wide(partials.address, 0, partials.size - 1),
+        wide(sums.address, 0, sums.size - 1),
+        flat_bytes(counters.address, counters.nbytes).view(np.int32),
+    )
 
 
 def on_device(ordinal: int) -> AbstractContextManager[None]:

@@ -1,36 +1,45 @@
 """Memory that the blocks of a grid share."""
 
 import threading
-from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
 
-from ..libraries import Place
-from .arguments import Memory, Shape
+import numpy as np
+
+from ..libraries import DeviceArray
+from .arguments import Shape
+from .arrays import empty, zeros
 
 
-class Workspace(ABC):
+class Workspace:
     """What launches on one stream share, kept from call to call.
 
     Whoever launches what uses it holds its lock: a stream runs what it is given in order.
+
+    Attributes
+    ----------
+    partials, sums, counters : DeviceArray or None
+        See `arguments.Memory`.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.sizes = [0, 0, 0]
-        self.arrays: tuple[Any, ...] = ()
+        self.partials: Any = None
+        self.sums: Any = None
+        self.counters: Any = None
 
-    def memory(self, place: Place, shape: Shape, columns: int) -> Memory:
-        """Give memory for a shape whose groups have some columns each."""
-        wanted = 3 * shape.pieces * shape.groups * columns, 2 * shape.C, shape.groups
-        if any(have < want for have, want in zip(self.sizes, wanted, strict=True)):
-            self.sizes = [max(pair) for pair in zip(self.sizes, wanted, strict=True)]
-            self.arrays = self._allocate(place)
-        return self._memory()
+    def fit(self, shape: Shape, columns: int, like: DeviceArray) -> None:
+        """Make room for a shape whose groups have some columns each."""
+        partials = 3 * shape.pieces * shape.groups * columns
+        if self.partials is None or self.partials.size < partials:
+            self.partials = empty((partials,), np.float64, like)
+        if self.sums is None or self.sums.size < 2 * shape.C:
+            self.sums = empty((2 * shape.C,), np.float64, like)
+        if self.counters is None or self.counters.size < shape.groups:
+            self.counters = zeros((shape.groups,), np.int32, like)  # and zeros they are left
 
-    @abstractmethod
-    def _allocate(self, place: Place) -> tuple[Any, ...]:
-        """Allocate float64, float64 and int32 of these sizes; the last are zeros."""
 
-    @abstractmethod
-    def _memory(self) -> Memory:
-        """Pass what was allocated."""
+@cache
+def workspace(device: int, stream: int) -> Workspace:
+    """Give a stream's memory."""
+    return Workspace()
