@@ -477,12 +477,11 @@ def batch_norm_backward(
         # Before dx, which may be written over dy.
         backend.copy(dresidual, dy)
     dx = backend.empty_like(x) if out is None else out
-    dweight, dbias = backend.empty((C,), dtype, x), backend.empty((C,), dtype, x)
     layout = arrange(
         backend, axis, (dy, x), (dx, None if mask is None else dresidual),
         mask=None if mask is None else backend.contiguous(mask),
     )  # fmt: skip
-    backend.backward(layout, weight, mean, invstd, dweight, dbias, bool(training))
+    dweight, dbias = backend.backward(layout, weight, mean, invstd, dtype, bool(training))
     layout.finish(backend)
     return _gradients(backend.give(dx, dweight, dbias, dresidual))
 

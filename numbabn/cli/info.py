@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llvmlite import binding as llvm
 from .. import __version__, cpu
 from .command import add_json_option, write_json
 
-PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes")
+PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "numba-cuda", "cuda-core")
 SIMD = re.compile(r"s?sse|avx|fma|neon|sve")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NVIDIA_SMI = "nvidia-smi"
@@ -48,7 +48,7 @@ def gather() -> dict[str, Any]:
     """Collect everything that the command shows."""
     return {
         "versions": {"numbabn": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        | {package: _version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "cpu": {
             "name": llvm.get_host_cpu_name(),
@@ -81,6 +81,13 @@ def table(facts: dict[str, Any]) -> str:
     rows += [("CUDA devices" if i == 0 else "", device) for i, device in enumerate(devices)]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of the extras
+        return "not installed"
 
 
 def _simd_features() -> list[str]:

@@ -111,19 +111,16 @@ def forward(
 
 
 def backward(
-    layout: Layout,
-    weight: Any,
-    mean: PerChannel,
-    invstd: PerChannel,
-    dweight: Any,
-    dbias: Any,
-    training: bool,
-) -> None:
-    """Write dx, dresidual, dweight and dbias. Views: dx, dresidual, dy, x."""
+    layout: Layout, weight: Any, mean: PerChannel, invstd: PerChannel, dtype: Any, training: bool
+) -> tuple[Any, Any]:
+    """Write dx and dresidual; give dweight and dbias, of a dtype. Views: dx, dresidual, dy, x."""
+    C = layout.shape[1]
+    dweight, dbias = np.empty(C, dtype), np.empty(C, dtype)
     _BACKWARD[layout.kind](
         schedule.plan("backward", layout),
         layout.views, (weight, mean, invstd, dweight, dbias), training,
     )  # fmt: skip
+    return dweight, dbias
 
 
 def cache_folder() -> str | None:

@@ -69,9 +69,9 @@ class _Call:
         with on_device(self.place.device), self.workspace.lock:
             yield
 
-    def per_channel(self) -> DeviceArray:
-        """Allocate one float64 per channel."""
-        return empty((self.shape.C,), np.float64, self.like)
+    def per_channel(self, dtype: Any = np.float64) -> DeviceArray:
+        """Allocate one number per channel."""
+        return empty((self.shape.C,), dtype, self.like)
 
     def memory(self) -> Memory:
         columns = self.width << self.shape.across if self.view == "rows" else 1
@@ -170,13 +170,13 @@ def backward(
     weight: Any,
     mean: DeviceArray,
     invstd: DeviceArray,
-    dweight: DeviceArray,
-    dbias: DeviceArray,
+    dtype: Any,
     training: bool,
-) -> None:
-    """Write dx, dresidual, dweight and dbias. Views: dx, dresidual, dy, x."""
+) -> tuple[DeviceArray, DeviceArray]:
+    """Write dx and dresidual; give dweight and dbias, of a dtype. Views: dx, dresidual, dy, x."""
     *maps, mask = layout.views
     call = _Call(layout, tuple(maps), mask)
+    dweight, dbias = call.per_channel(dtype), call.per_channel(dtype)
     given = Gradients(*map(numbers_of, (weight, mean, invstd, dweight, dbias)))
     dx, dresidual, dy, x = call.maps
     views = Backward(dx, dresidual, dy, x, call.mask)
@@ -187,3 +187,4 @@ def backward(
         else:
             call.launch("products", views, given, memory)
             call.launch("gradient", views, given, int(training), memory)
+    return dweight, dbias
