@@ -26,9 +26,9 @@ from .target import SIMULATED
 from .workspace import workspace
 
 if SIMULATED:
-    from .simulation import launch, map_of, mask_of, memory_of, on_device
+    from . import simulation as runner
 else:
-    from .launch import launch, map_of, mask_of, memory_of, on_device
+    from . import launch as runner
 
 __all__ = [
     "allocate_mask",
@@ -58,15 +58,15 @@ class _Call:
         self.format = layout.dtype.name
         self.width = _width(layout, maps, mask)
         self.shape: Shape = shape_of(self.view, layout.shape, self.width)
-        self.maps = tuple(map_of(view, self.width, layout.shape) for view in maps)
-        self.mask = mask_of(mask)
+        self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
+        self.mask = runner.mask_of(mask)
         self.pieces = self.shape.groups * self.shape.pieces
         self.workspace = workspace(self.place.device, self.place.stream)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Launch on the call's device, and nothing of other threads in between."""
-        with on_device(self.place.device), self.workspace.lock:
+        with runner.on_device(self.place.device), self.workspace.lock:
             yield
 
     def per_channel(self, dtype: Any = np.float64) -> DeviceArray:
@@ -77,10 +77,10 @@ class _Call:
         columns = self.width << self.shape.across if self.view == "rows" else 1
         self.workspace.fit(self.shape, columns, self.like)
         shared = self.workspace
-        return memory_of(shared.partials, shared.sums, shared.counters)
+        return runner.memory_of(shared.partials, shared.sums, shared.counters)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
-        launch(
+        runner.launch(
             self.place, kernel, self.view, self.format, self.width, self.pieces,
             *arguments, self.shape,
         )  # fmt: skip

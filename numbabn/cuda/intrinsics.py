@@ -126,8 +126,10 @@ def _part(builder, value, start, count):
     return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), chosen)
 
 
-def _asm(builder, result, kinds, text, constraints, args):
-    return builder.asm(ir.FunctionType(result, kinds), text, constraints, args, side_effect=True)
+def _asm(builder, result, kinds, text, constraints, args, attributes=()):
+    kind = ir.FunctionType(result, kinds)
+    assembly = ir.InlineAsm(kind, text, constraints, side_effect=True)
+    return builder.call(assembly, args, attrs=attributes)
 
 
 # Arithmetic of lanes, with lanes or with one number for all of them.
@@ -561,7 +563,9 @@ def gathered(typing_context, y, bits):
         distance = 1
         while distance * y.width < 32:
             text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-            word = builder.or_(word, _asm(builder, _I32, [_I32], text, "=r,r", [word]))
+            # Convergent: LLVM must not give each branch a copy, as all threads take part in one.
+            other = _asm(builder, _I32, [_I32], text, "=r,r", [word], ("convergent",))
+            word = builder.or_(word, other)
             distance *= 2
         return word
 

@@ -71,16 +71,14 @@ def _config(blocks: int) -> Any:
 
 @contextmanager
 def on_device(ordinal: int) -> Iterator[None]:
-    """Make a device current, and the caller's again."""
+    """Make a device current in this thread, and the caller's again."""
     current, device = Device(), Device(ordinal)
-    if current.device_id == ordinal:
-        yield
-        return
-    device.set_current()
+    device.set_current()  # even if it is: the thread may have no context yet
     try:
         yield
     finally:
-        current.set_current()
+        if current.device_id != ordinal:
+            current.set_current()
 
 
 def launch(
