@@ -28,7 +28,7 @@ from .workspace import workspace
 if SIMULATED:
     from . import simulation as runner
 else:
-    from . import launch as runner
+    from . import launch as runner  # type: ignore[no-redef]
 
 __all__ = [
     "allocate_mask",
