@@ -372,11 +372,18 @@ def require_device() -> None:
     """
     from numba import cuda
 
-    if not cuda.is_available():
+    if cuda.is_available():
+        return
+    error = (cuda.cuda_error() or "").strip().partition("\n")[0]
+    if error:
         raise RuntimeError(
-            "CUDA arrays: expected a CUDA driver, a device and the toolkit that numbabn[cuda13] or "
-            "numbabn[cuda12] brings, got less; `numba -s` says what there is"
+            f"CUDA arrays: expected NVIDIA's driver and a device, got none: {error.rstrip('.')}. "
+            "The driver is the system's to install, see https://www.nvidia.com/drivers"
         )
+    raise RuntimeError(
+        "CUDA arrays: expected NVVM, which compiles kernels, got none: "
+        'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
+    )
 
 
 def borrow(stream: Any, arrays: Mapping[str, Any]) -> tuple[DeviceArray | None, ...]:
