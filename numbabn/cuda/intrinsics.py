@@ -701,10 +701,17 @@ def device(function):
     return cuda.jit(function, device=True, forceinline=True)
 
 
-@device
-def thread():
-    """Which thread of its block this is."""
-    return types.int64(cuda.threadIdx.x)
+@intrinsic
+def thread(typing_context):
+    """Which thread of its block this is.
+
+    Read anew at each use: what follows from it would otherwise be kept in registers throughout.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.zext(_asm(builder, _I32, [], "mov.u32 $0, %tid.x;", "=r", []), _I64)
+
+    return types.int64(), codegen
 
 
 @device

@@ -5,53 +5,46 @@ its threads lie side by side along the places, and below one another along the p
 a piece, and how those of all pieces are put together, depend on the shape alone.
 """
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
+from .sweep import (
+    Piece,
+    Place,
+    index_of,
+    thread_moments,
+    thread_products,
+    write_gradient,
+    write_normalized,
+)
 from .target import (
     barrier,
     block,
     blocks,
     device,
-    every_bit,
     finite_or_zero,
     get,
-    get_bits,
-    keep_where,
-    load,
-    nothing,
-    present,
     put,
     quotient,
     shared_constants,
     shared_sums,
     spread,
-    store,
     thread,
     threads,
     total,
-    unpack,
     wide,
     width,
     zeros,
 )
 from .vector import (
     AS_IT_IS,
-    Products,
-    absorb,
     affine,
     attempt_for,
     block_sum,
     finish_moments,
     finish_products,
-    gradient,
     gradient_affine,
     is_last,
-    multiply,
-    no_moments,
     normal,
-    normalized,
     scale_of,
     set_affine,
     set_gradient_affine,
@@ -59,27 +52,7 @@ from .vector import (
     squares,
     totals,
     whole_words,
-    write_bits,
 )
-
-
-class Piece(NamedTuple):
-    """Planes ``n`` to ``n_end``, places ``s`` to ``s_end`` of a channel, as a thread sees them."""
-
-    c: Any
-    n: Any  # first plane of the thread
-    n_end: Any
-    n_step: Any
-    s: Any  # first place of the thread
-    s_end: Any
-    s_step: Any
-
-
-class Place(NamedTuple):
-    """Where a thread is in its piece."""
-
-    n: Any
-    s: Any
 
 
 @device
@@ -103,84 +76,27 @@ def _piece(x, shape, c, piece):
     t = thread()
     side = t & ((1 << shape.across) - 1)
     return Piece(
-        c,
+        False, c, shape.C,
         first.n + (t >> shape.across), min(first.n + shape.planes, shape.N), shape.below,
         first.s + side * width(x), min(first.s + shape.places, shape.S), width(x) << shape.across,
     )  # fmt: skip
-
-
-@device
-def _start(piece):
-    return Place(piece.n, piece.s)
-
-
-@device
-def _next(piece, place):
-    """Go on along the places, then along the planes."""
-    s = place.s + piece.s_step
-    if s < piece.s_end:
-        return Place(place.n, s)
-    return Place(place.n + piece.n_step, piece.s)
-
-
-@device
-def _inside(piece, place):
-    return place.n < piece.n_end and place.s < piece.s_end
-
-
-@device
-def _index(a, c, place):
-    return place.n * a.dn + c * a.dc + place.s * a.ds
-
-
-@device
-def _load(a, c, place, inside):
-    """Load the numbers of a place; none if it lies outside, or there is no such array."""
-    if inside and present(a.at):
-        return load(a.at, _index(a, c, place))
-    return nothing(a.at)
 
 
 # Statistics.
 
 
 @device
-def _thread_moments(x, shape, piece, anchor, scale):
-    """Moments of what a thread takes of a piece."""
-    a = _start(piece)
-    held = no_moments(x.at, anchor, scale)
-    for _ in range(0, shape.rounds, 4):
-        b = _next(piece, a)
-        c = _next(piece, b)
-        d = _next(piece, c)
-        has_a, has_b = _inside(piece, a), _inside(piece, b)
-        has_c, has_d = _inside(piece, c), _inside(piece, d)
-        x_a, x_b = _load(x, piece.c, a, has_a), _load(x, piece.c, b, has_b)
-        x_c, x_d = _load(x, piece.c, c, has_c), _load(x, piece.c, d, has_d)
-        if has_a:
-            held = absorb(x.at, held, unpack(x_a), scale)
-        if has_b:
-            held = absorb(x.at, held, unpack(x_b), scale)
-        if has_c:
-            held = absorb(x.at, held, unpack(x_c), scale)
-        if has_d:
-            held = absorb(x.at, held, unpack(x_d), scale)
-        a = _next(piece, d)
-    return held
-
-
-@device
 def _piece_moments(x, shape, c, index, sums):
     """Take mean and M2 of a piece, known to every thread."""
     piece = _piece(x.at, shape, c, index)
-    first = get(x.at, _index(x, piece.c, _corner(shape, index)))
+    first = get(x.at, index_of(x, piece, _corner(shape, index)))
     anchor = finite_or_zero(zeros(x.at) + first)
     size = _size(shape, index)
     shift = m2 = 0.0
     attempt = AS_IT_IS
     for _ in range(2):
         scale = scale_of(x.at, attempt)
-        held = _thread_moments(x, shape, piece, anchor, scale)
+        held = thread_moments(x, piece, shape.rounds, anchor, scale)
         shift = block_sum(total(totals(held, scale)), sums) / size
         m2 = block_sum(total(squares(held, scale, spread(x.at, shift))), sums)
         attempt = attempt_for(x.at, m2)
@@ -234,43 +150,16 @@ def statistics_planes(x, parameters, settings, memory, shape):
 
 
 @device
-def _normalize_place(maps, piece, place, has, x, residual, constants, settings, together):
-    y = normalized(unpack(x), unpack(residual), constants, settings.rectify != 0)
-    if has:
-        store(maps.y.at, _index(maps.y, piece.c, place), y)
-    if present(maps.mask.at):
-        write_bits(
-            maps.y.at, maps.mask.at, _index(maps.mask, piece.c, place), y, has,
-            place.s, piece.s_end, together,
-        )  # fmt: skip
-
-
-@device
 def _normalize_piece(maps, parameters, settings, shape, c, index, memory):
     kind = maps.x.at
     piece = _piece(kind, shape, c, index)
     barrier()
     if thread() == 0:
-        set_affine(kind, piece.c, parameters, settings, memory, 0, 1)
+        set_affine(kind, c, parameters, settings, memory, 0, 1)
     barrier()
     constants = affine(kind, memory, 0, 0, 1)
     together = whole_words(kind, maps.mask.at, maps.mask.ds, shape.across)
-    a = _start(piece)
-    for _ in range(0, shape.rounds, 4):
-        b = _next(piece, a)
-        c = _next(piece, b)
-        d = _next(piece, c)
-        has_a, has_b = _inside(piece, a), _inside(piece, b)
-        has_c, has_d = _inside(piece, c), _inside(piece, d)
-        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
-        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
-        r_a, r_b = _load(maps.residual, piece.c, a, has_a), _load(maps.residual, piece.c, b, has_b)
-        r_c, r_d = _load(maps.residual, piece.c, c, has_c), _load(maps.residual, piece.c, d, has_d)
-        _normalize_place(maps, piece, a, has_a, x_a, r_a, constants, settings, together)
-        _normalize_place(maps, piece, b, has_b, x_b, r_b, constants, settings, together)
-        _normalize_place(maps, piece, c, has_c, x_c, r_c, constants, settings, together)
-        _normalize_place(maps, piece, d, has_d, x_d, r_d, constants, settings, together)
-        a = _next(piece, d)
+    write_normalized(maps, piece, shape.rounds, constants, settings.rectify != 0, together)
 
 
 def normalize_planes(maps, parameters, settings, shape):
@@ -295,40 +184,6 @@ def forward_planes(maps, parameters, settings, shape):
 
 
 @device
-def _passed(maps, c, place, inside):
-    """Load the bits of a place; all are set if there is no mask."""
-    if inside and present(maps.mask.at):
-        return get_bits(maps.mask.at, _index(maps.mask, c, place))
-    return every_bit()
-
-
-@device
-def _thread_products(maps, shape, piece, constants):
-    """Sum what a thread takes of a piece; what lies outside of it is 0."""
-    kind = maps.x.at
-    held = Products(zeros(kind), zeros(kind))
-    a = _start(piece)
-    for _ in range(0, shape.rounds, 4):
-        b = _next(piece, a)
-        c = _next(piece, b)
-        d = _next(piece, c)
-        has_a, has_b = _inside(piece, a), _inside(piece, b)
-        has_c, has_d = _inside(piece, c), _inside(piece, d)
-        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
-        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
-        dy_a, dy_b = _load(maps.dy, piece.c, a, has_a), _load(maps.dy, piece.c, b, has_b)
-        dy_c, dy_d = _load(maps.dy, piece.c, c, has_c), _load(maps.dy, piece.c, d, has_d)
-        bits_a, bits_b = _passed(maps, piece.c, a, has_a), _passed(maps, piece.c, b, has_b)
-        bits_c, bits_d = _passed(maps, piece.c, c, has_c), _passed(maps, piece.c, d, has_d)
-        held = multiply(held, dy_a, bits_a, x_a, constants, has_a)
-        held = multiply(held, dy_b, bits_b, x_b, constants, has_b)
-        held = multiply(held, dy_c, bits_c, x_c, constants, has_c)
-        held = multiply(held, dy_d, bits_d, x_d, constants, has_d)
-        a = _next(piece, d)
-    return held
-
-
-@device
 def _piece_products(maps, gradients, shape, c, index, sums, constants):
     """Sum dy and its products of a piece, known to every thread."""
     piece = _piece(maps.x.at, shape, c, index)
@@ -336,7 +191,7 @@ def _piece_products(maps, gradients, shape, c, index, sums, constants):
     if thread() == 0:
         set_normal(maps.x.at, piece.c, gradients, constants, 0, 1)
     barrier()
-    held = _thread_products(maps, shape, piece, normal(maps.x.at, constants, 0, 0, 1))
+    held = thread_products(maps, piece, shape.rounds, normal(maps.x.at, constants, 0, 0, 1))
     dy = block_sum(total(wide(held.dy)), sums)
     return dy, block_sum(total(wide(held.dy_x)), sums)
 
@@ -375,16 +230,6 @@ def products_planes(maps, gradients, memory, shape):
 
 
 @device
-def _gradient_place(maps, piece, place, has, x, dy, bits, constants, training):
-    if has:
-        dy = keep_where(bits, unpack(dy))
-        dx = gradient(dy, unpack(x), constants) if training != 0 else dy * constants.scale
-        store(maps.dx.at, _index(maps.dx, piece.c, place), dx)
-        if present(maps.dresidual.at):
-            store(maps.dresidual.at, _index(maps.dresidual, piece.c, place), dy)
-
-
-@device
 def _gradient_piece(maps, gradients, training, memory, shape, c, index, columns):
     kind = maps.x.at
     piece = _piece(kind, shape, c, index)
@@ -394,24 +239,7 @@ def _gradient_piece(maps, gradients, training, memory, shape, c, index, columns)
         set_gradient_affine(kind, piece.c, count, gradients, memory.sums, shape.C, columns, 0, 1)
     barrier()
     constants = gradient_affine(kind, columns, 0, 0, 1)
-    a = _start(piece)
-    for _ in range(0, shape.rounds, 4):
-        b = _next(piece, a)
-        c = _next(piece, b)
-        d = _next(piece, c)
-        has_a, has_b = _inside(piece, a), _inside(piece, b)
-        has_c, has_d = _inside(piece, c), _inside(piece, d)
-        x_a, x_b = _load(maps.x, piece.c, a, has_a), _load(maps.x, piece.c, b, has_b)
-        x_c, x_d = _load(maps.x, piece.c, c, has_c), _load(maps.x, piece.c, d, has_d)
-        dy_a, dy_b = _load(maps.dy, piece.c, a, has_a), _load(maps.dy, piece.c, b, has_b)
-        dy_c, dy_d = _load(maps.dy, piece.c, c, has_c), _load(maps.dy, piece.c, d, has_d)
-        bits_a, bits_b = _passed(maps, piece.c, a, has_a), _passed(maps, piece.c, b, has_b)
-        bits_c, bits_d = _passed(maps, piece.c, c, has_c), _passed(maps, piece.c, d, has_d)
-        _gradient_place(maps, piece, a, has_a, x_a, dy_a, bits_a, constants, training)
-        _gradient_place(maps, piece, b, has_b, x_b, dy_b, bits_b, constants, training)
-        _gradient_place(maps, piece, c, has_c, x_c, dy_c, bits_c, constants, training)
-        _gradient_place(maps, piece, d, has_d, x_d, dy_d, bits_d, constants, training)
-        a = _next(piece, d)
+    write_gradient(maps, piece, shape.rounds, constants, training != 0)
 
 
 def gradient_planes(maps, gradients, training, memory, shape):

@@ -166,10 +166,12 @@ def no_moments(x, anchor, scale):
 
 
 @device
-def absorb(x, held, lanes, scale):
-    """Add a number to each lane."""
+def absorb(x, held, packed, scale, valid):
+    """Add a number to each lane, where they are valid."""
+    if not valid:
+        return held
     one = as_computed(x, 1)
-    far = lanes * scale - held.anchor
+    far = unpack(packed) * scale - held.anchor
     delta = far - held.total * held.share  # from the mean of those before
     count = held.count + one
     share = reciprocal(count)
@@ -413,14 +415,14 @@ def whole_words(y, mask, step, across):
 
 
 @device
-def write_bits(y, mask, bit, lanes, valid, index, stop, together):
+def write_bits(y, mask, bit, lanes, valid, left, together):
     """Write which numbers passed the ReLU.
 
     Parameters
     ----------
     bit : where the mask has this thread's first number.
     valid : whether the thread has numbers at all.
-    index, stop : the number's index along the axis on which threads are neighbours, and the end.
+    left : how many numbers there are from its first one on along the axis of neighbouring threads.
     together : whether `whole_words`; then all threads of a warp must call.
     """
     bits = passed(y, lanes)
@@ -428,7 +430,7 @@ def write_bits(y, mask, bit, lanes, valid, index, stop, together):
         within = thread() * width(y) % WORD
         word = gathered(y, bits)
         # With numbers beyond the end, or where words begin elsewhere, each sets its own bits.
-        if index - within + WORD <= stop and (bit - within) % WORD == 0:
+        if left + within >= WORD and (bit - within) % WORD == 0:
             if valid and within == 0:
                 put_word(mask, bit, word)
             return
