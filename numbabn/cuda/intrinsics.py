@@ -412,14 +412,14 @@ def _rounded(builder, kind, value):
         number = builder.extract_element(value, _I32(0))
         return builder.asm(kind, f"cvt.rn.{ptx}.f32 $0, $1;", "=h,f", [number], side_effect=False)
     kind = ir.FunctionType(_I32, [_FLOAT, _FLOAT])
-    raw = ir.Constant(raw_type, ir.Undefined)
+    words = ir.Constant(ir.VectorType(_I32, count // 2), ir.Undefined)
     for k in range(count // 2):
         low, high = (builder.extract_element(value, _I32(2 * k + i)) for i in (0, 1))
         word = builder.asm(
             kind, f"cvt.rn.{ptx}x2.f32 $0, $1, $2;", "=r,f,f", [high, low], side_effect=False
         )
-        raw = builder.insert_element(raw, word, _I32(k))
-    return raw
+        words = builder.insert_element(words, word, _I32(k))
+    return builder.bitcast(words, raw_type)
 
 
 @intrinsic
