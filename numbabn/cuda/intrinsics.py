@@ -244,7 +244,16 @@ def narrow(typing_context, x, lanes):
     result = Lanes(x.computed, lanes.width)
 
     def codegen(context, builder, signature, args):
-        return args[1] if lanes == result else builder.fptrunc(args[1], _vector(result))
+        value = args[1]
+        if lanes == result:
+            return value
+        # Inline assembly, because NVVM moves a conversion into the loop that uses its result.
+        rounded = ir.Constant(_vector(result), ir.Undefined)
+        for k in range(x.width):
+            number = builder.extract_element(value, _I32(k))
+            number = _asm(builder, _FLOAT, [_DOUBLE], "cvt.rn.f32.f64 $0, $1;", "=f,d", [number])
+            rounded = builder.insert_element(rounded, number, _I32(k))
+        return rounded
 
     return result(x, lanes), codegen
 
