@@ -1,7 +1,6 @@
 """How kernels are launched in Numba's simulator."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,13 @@ def mask_of(view: View | None) -> Map:
 
 
 def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
-    """Pass what blocks share."""
-    wide = partial(flat, "float64", 1)
-    return Memory(
-        wide(partials.address, 0, partials.size - 1),
-        wide(sums.address, 0, sums.size - 1),
-        flat_bytes(counters.address, counters.nbytes).view(np.int32),
-    )
+    """Pass what blocks share, without what an earlier call has left."""
+    views = [flat("float64", 1, each.address, 0, each.size - 1) for each in (partials, sums)]
+    for view in views:
+        view.memory.fill(np.nan)
+    counts = flat_bytes(counters.address, counters.nbytes).view(np.int32)
+    assert not counts.any()
+    return Memory(*views, counts)
 
 
 def on_device(ordinal: int) -> AbstractContextManager[None]:

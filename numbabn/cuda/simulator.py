@@ -1,21 +1,23 @@
 """Twins of `intrinsics` for Numba's simulator, and how a grid of threads runs there.
 
-Kernels run as they are, each thread of a block as one of Python's. Only one of them runs at a time:
-at a barrier it hands on to the next, so that all have come when its turn comes again. Addresses
-are of the host's memory; whoever reads or writes beside an array or off its alignment is told.
+Kernels run as they are, each thread of a block as a coroutine that goes on until it waits for the
+others. Addresses are of the host's memory. Whoever reads or writes beside an array or off its
+alignment is told, and so are threads that wait for different things, or that use the same number
+of shared memory, one of them writing, with no barrier in between.
 """
 
 import ctypes
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from greenlet import getcurrent, greenlet
 
-from .formats import COLUMNS, CONSTANTS, FORMATS, STAGE, SUMS, Format
+from .formats import COLUMNS, CONSTANTS, FORMATS, LANES, STAGE, SUMS, Format
 
 WORD = 32
+_POWERS = 1 << np.arange(LANES)
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FORMATS}
 
 
@@ -28,15 +30,17 @@ class Flat:
         self.computed = np.dtype(format_.computed).type
         self.memory = memory  # one dimension
         self.origin = origin  # index of the element that has index 0
+        self.size = 0 if memory is None else len(memory)
+        self.address = 0 if memory is None else memory.ctypes.data
 
     def at(self, index: int, count: int) -> Any:
         first = self.origin + index
-        if not 0 <= first <= first + count <= len(self.memory):
-            raise IndexError(f"{count} numbers from {first} on, of {len(self.memory)}")
-        part = self.memory[first : first + count]
-        if part.ctypes.data % part.nbytes:
-            raise IndexError(f"{part.nbytes} bytes at an address that is no multiple of them")
-        return part
+        if not 0 <= first <= first + count <= self.size:
+            raise IndexError(f"{count} numbers from {first} on, of {self.size}")
+        itemsize = self.format.itemsize
+        if (self.address + first * itemsize) % (count * itemsize):
+            raise IndexError(f"{count * itemsize} bytes at an address that is no multiple of them")
+        return self.memory[first : first + count]
 
 
 class Packed(NamedTuple):
@@ -59,97 +63,105 @@ def flat_bytes(address: int, count: int) -> Any:
     return np.frombuffer(memoryview((ctypes.c_char * count).from_address(address)), np.uint8)
 
 
+class Shared:
+    """Numbers of float64 that a block shares, and who has used them since the last barrier."""
+
+    def __init__(self, count: int) -> None:
+        self.numbers = [np.float64(np.nan)] * count
+        self.read: dict[int, int] = {}  # by which thread; -1: by several
+        self.written: dict[int, int] = {}
+
+    def _check(self, index: int, t: int) -> None:
+        if not 0 <= index < len(self.numbers):
+            raise IndexError(f"number {index} of shared memory, of {len(self.numbers)}")
+        if t != _here.t:
+            raise RuntimeError(
+                f"thread {_here.t} uses number {index} of shared memory, "
+                "as another does with no barrier in between"
+            )
+
+    def get(self, index: int) -> Any:
+        t = _here.t
+        self._check(index, self.written.get(index, t))
+        if self.read.setdefault(index, t) != t:
+            self.read[index] = -1
+        return self.numbers[index]
+
+    def set(self, index: int, value: Any) -> None:
+        t = _here.t
+        self._check(index, self.written.get(index, t))
+        self._check(index, self.read.get(index, t))
+        self.written[index] = t
+        self.numbers[index] = np.float64(value)
+
+    def forget(self) -> None:
+        self.read.clear()
+        self.written.clear()
+
+
 # Threads.
 
-
-class _Stopped(Exception):  # noqa: N818
-    """Another thread of the block has failed."""
+_BARRIER, _EXCHANGE, _END = "a barrier", "an exchange", "the end"
 
 
-class _Block:
-    """Threads that run one at a time, round after round."""
+class _Here:
+    """The thread that runs."""
 
-    def __init__(self, blocks: int, count: int) -> None:
-        self.blocks = blocks
-        self.count = count
-        self.turns = [threading.Lock() for _ in range(count)]
-        for turn in self.turns:
-            turn.acquire()
-        self.left_for = [""] * count  # why each thread waits
-        self.slots: tuple[list[Any], list[Any]] = ([None] * count, [None] * count)
-        self.memory: dict[str, Any] = {}
-        self.error: BaseException | None = None
-
-    def hand_on(self, t: int) -> None:
-        self.turns[(t + 1) % self.count].release()
-
-    def wait(self, t: int) -> None:
-        self.turns[t].acquire()
-        if self.error is not None:
-            raise _Stopped
-
-    def round(self, t: int, why: str) -> None:
-        """Let all other threads come as far as this one."""
-        self.left_for[t] = why
-        self.hand_on(t)
-        self.wait(t)
-        if t == 0 and len(set(self.left_for)) > 1:
-            raise RuntimeError(f"threads of one block wait for {sorted(set(self.left_for))}")
+    t = 0
+    b = 0
+    threads = 0
+    blocks = 0
+    memory: dict[str, Shared]  # of the block
 
 
-class _Thread(threading.local):
-    block: _Block
-    t: int
-    b: int
-    turn: int  # which of the block's slots are free
+_here = _Here()
 
 
-_here = _Thread()
+def _wait(why: str, value: Any = None) -> list[Any]:
+    """Let all other threads come as far as this one; give what each has brought."""
+    brought: list[Any] = getcurrent().parent.switch((why, value))
+    return brought
+
+
+def _run_block(kernel: Callable[..., None], arguments: Any) -> None:
+    def work(_: Any) -> tuple[str, None]:
+        with np.errstate(all="ignore"):
+            kernel(*arguments)
+        return _END, None
+
+    _here.memory = {}
+    crew = [greenlet(work) for _ in range(_here.threads)]
+    brought: list[Any] = []
+    reasons: set[str] = set()
+    while _END not in reasons:
+        given, brought, reasons = brought, [], set()
+        for _here.t, each in enumerate(crew):
+            why, value = each.switch(given)
+            brought.append(value)
+            reasons.add(why)
+        if len(reasons) > 1:
+            raise RuntimeError(f"threads of one block wait for {sorted(reasons)}")
+        if _BARRIER in reasons:
+            for memory in _here.memory.values():
+                memory.forget()
+
+
+def order(blocks: int) -> Any:
+    """Give the numbers of a grid's blocks in the order in which they run."""
+    return range(blocks)
 
 
 def run(kernel: Callable[..., None], blocks: int, threads: int, arguments: Any) -> None:
     """Run a kernel on a grid, block after block."""
-    block = _Block(blocks, threads)
-
-    def work(t: int) -> None:
-        _here.block, _here.t, _here.turn = block, t, 0
-        try:
-            block.wait(t)
-            with np.errstate(all="ignore"):
-                for b in range(blocks):
-                    _here.b = b
-                    if t == 0:
-                        block.memory.clear()
-                    kernel(*arguments)
-                    block.round(t, "the end")
-        except _Stopped:
-            pass
-        except BaseException as error:
-            block.error = error
-        finally:
-            block.hand_on(t)
-
-    crew = [threading.Thread(target=work, args=(t,)) for t in range(threads)]
-    for each in crew:
-        each.start()
-    block.turns[0].release()
-    for each in crew:
-        each.join()
-    if block.error is not None:
-        raise block.error
-
-
-def _exchange(value: Any) -> list[Any]:
-    """Give what each thread of the block has brought."""
-    slots = _here.block.slots[_here.turn]
-    _here.turn = 1 - _here.turn
-    slots[_here.t] = value
-    _here.block.round(_here.t, "an exchange")
-    return slots
+    _here.blocks, _here.threads = blocks, threads
+    for _here.b in order(blocks):
+        _run_block(kernel, arguments)
 
 
 def _shared(name: str, count: int) -> Any:
-    return _here.block.memory.setdefault(name, np.full(count, np.nan))
+    if name not in _here.memory:
+        _here.memory[name] = Shared(count)
+    return _here.memory[name]
 
 
 # Twins.
@@ -168,19 +180,19 @@ def block() -> int:
 
 
 def threads() -> int:
-    return _here.block.count
+    return _here.threads
 
 
 def blocks() -> int:
-    return _here.block.blocks
+    return _here.blocks
 
 
 def barrier() -> None:
-    _here.block.round(_here.t, "a barrier")
+    _wait(_BARRIER)
 
 
 def any_of(flag: bool) -> bool:
-    return any(_exchange(flag))
+    return any(_wait(_BARRIER, flag))
 
 
 def fence() -> None:
@@ -188,7 +200,7 @@ def fence() -> None:
 
 
 def from_neighbour(value: Any, distance: int) -> Any:
-    return _exchange(value)[_here.t ^ distance]
+    return _wait(_EXCHANGE, value)[_here.t ^ distance]
 
 
 def shared_sums() -> Any:
@@ -204,20 +216,20 @@ def shared_lanes() -> Any:
 
 
 def read(memory: Any, index: int) -> Any:
-    return memory[index]
+    return memory.get(index)
 
 
 def write(memory: Any, index: int, value: Any) -> None:
-    memory[index] = value
+    memory.set(index, value)
 
 
 def read_lanes(x: Flat, memory: Any, index: int, step: int) -> Any:
-    return np.array([memory[index + k * step] for k in range(x.width)])
+    return np.array([memory.get(index + k * step) for k in range(x.width)])
 
 
 def write_lanes(memory: Any, index: int, step: int, lanes: Any) -> None:
     for k, value in enumerate(lanes):
-        memory[index + k * step] = value
+        memory.set(index + k * step, value)
 
 
 def width(x: Flat) -> int:
@@ -272,8 +284,7 @@ def relu(lanes: Any) -> Any:
 
 
 def keep_where(bits: int, lanes: Any) -> Any:
-    kept = [bits >> k & 1 for k in range(len(lanes))]
-    return np.where(kept, lanes, lanes.dtype.type(0))
+    return np.where(bits & _POWERS[: len(lanes)], lanes, lanes.dtype.type(0))
 
 
 def reciprocal(value: Any) -> Any:
@@ -329,23 +340,29 @@ def every_bit() -> int:
 
 
 def get_bits(mask: Any, bit: int) -> int:
+    if not 0 <= bit < 8 * len(mask):
+        raise IndexError(f"bit {bit}, of {8 * len(mask)}")
     return int(mask[bit >> 3]) >> (bit & 7)
 
 
 def gathered(y: Flat, bits: int) -> int:
     side = WORD // y.width
     first = _here.t // side * side
-    each = _exchange(bits)
+    each = _wait(_EXCHANGE, bits)
     return sum(each[first + k] << k * y.width for k in range(side))
 
 
 def put_word(mask: Any, bit: int, bits: int) -> None:
+    if not 0 <= bit <= bit + WORD <= 8 * len(mask):
+        raise IndexError(f"a word from bit {bit} on, of {8 * len(mask)}")
     if bit % WORD or (mask.ctypes.data + bit // 8) % (WORD // 8):
-        raise IndexError(f"a word from bit {bit} on")
+        raise IndexError(f"a word from bit {bit} on, where none begins")
     mask[bit // 8 : bit // 8 + WORD // 8] = list(bits.to_bytes(WORD // 8, "little"))
 
 
 def or_bits(mask: Any, bit: int, bits: int) -> None:
+    if not 0 <= bit <= bit + bits.bit_length() <= 8 * len(mask):
+        raise IndexError(f"bits {bits:b} from bit {bit} on, of {8 * len(mask)}")
     if bit % WORD + bits.bit_length() > WORD:
         raise IndexError(f"bits {bits:b} from bit {bit} on, beyond the end of a word")
     for k in range(bits.bit_length()):
