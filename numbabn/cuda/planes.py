@@ -40,6 +40,7 @@ from .vector import (
     affine,
     attempt_for,
     block_sum,
+    counts,
     finish_moments,
     finish_products,
     gradient_affine,
@@ -97,8 +98,10 @@ def _piece_moments(x, shape, c, index, sums):
     for _ in range(2):
         scale = scale_of(x.at, attempt)
         held = thread_moments(x, piece, shape.rounds, anchor, scale)
-        shift = block_sum(total(totals(held, scale)), sums) / size
-        m2 = block_sum(total(squares(held, scale, spread(x.at, shift))), sums)
+        near = block_sum(total(totals(held, scale)), sums) / size
+        around = block_sum(total(squares(held, scale, spread(x.at, near))), sums)
+        if counts(attempt, around):
+            shift, m2 = near, around
         attempt = attempt_for(x.at, m2)
         if attempt == AS_IT_IS:
             break

@@ -42,6 +42,7 @@ from .vector import (
     attempt_for,
     by_lanes,
     column_sum,
+    counts,
     finish_moments,
     finish_products,
     gradient_affine,
@@ -147,7 +148,7 @@ def _piece_moments(x, shape, group, index, stage):
         near = far / _size(shape, index)
         shifts = by_lanes(x.at, near, stage, columns, _lane_column(x.at, shape))
         around = column_sum(staged(squares(held, scale, shifts), stage), stage, columns)
-        if attempt == wanted:
+        if attempt == wanted and counts(attempt, around):
             shift, m2 = near, around
         if attempt == AS_IT_IS:
             wanted = attempt_for(x.at, m2)

@@ -158,6 +158,16 @@ def attempt_for(x, m2):
 
 
 @device
+def counts(attempt, m2):
+    """Whether an attempt came to a result.
+
+    Numbers beyond 2**64 overflow as they are grown. As they are, they differ by more than 2**40 or
+    not at all: no square was too small.
+    """
+    return attempt != GROWN or m2 - m2 == 0.0
+
+
+@device
 def no_moments(x, anchor, scale):
     """Begin with moments of nothing, about an anchor."""
     none = zeros(x)
