@@ -76,10 +76,11 @@ def _piece(x, shape, c, piece):
     first = _corner(shape, piece)
     t = thread()
     side = t & ((1 << shape.across) - 1)
+    s_end = min(first.s + shape.places, shape.S)
     return Piece(
         False, c, shape.C,
         first.n + (t >> shape.across), min(first.n + shape.planes, shape.N), shape.below,
-        first.s + side * width(x), min(first.s + shape.places, shape.S), width(x) << shape.across,
+        first.s + side * width(x), s_end, width(x) << shape.across, s_end + side * width(x),
     )  # fmt: skip
 
 

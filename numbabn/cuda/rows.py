@@ -104,7 +104,7 @@ def _piece(x, shape, group, index):
     return Piece(
         True, group * _columns(x, shape) + _lane_column(x, shape), shape.C,
         first.n, first.n + 1, 1,
-        first.s + (thread() >> shape.across), min(first.s + shape.places, shape.S), shape.below,
+        first.s + (thread() >> shape.across), min(first.s + shape.places, shape.S), shape.below, 0,
     )  # fmt: skip
 
 

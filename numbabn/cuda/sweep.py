@@ -34,6 +34,7 @@ class Piece(NamedTuple):
     s: Any
     s_end: Any
     s_step: Any
+    s_turn: Any  # from here on the thread goes to its next plane, together with its neighbours
 
 
 class Place(NamedTuple):
@@ -47,7 +48,7 @@ class Place(NamedTuple):
 def _next(piece, place):
     """Go on along the places, then along the planes."""
     s = place.s + piece.s_step
-    if piece.of_rows or s < piece.s_end:
+    if piece.of_rows or s < piece.s_turn:
         return Place(place.n, s)
     return Place(place.n + piece.n_step, piece.s)
 
