@@ -7,6 +7,8 @@ import numbabn
 from numbabn import cpu
 from numbabn.cpu import schedule
 
+pytest.register_assert_rewrite("problem")
+
 
 class _PoisonedNumPy:
     """NumPy, but fresh memory holds NaN, so that an element left unwritten shows."""

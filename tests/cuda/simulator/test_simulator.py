@@ -1,0 +1,245 @@
+"""The simulator tells what would go wrong on a GPU, and the tests tell broken kernels."""
+
+import cases
+import numpy as np
+import pytest
+from problem import SIMULATED as ON
+from problem import Problem, check_constant, check_training
+
+import numbabn
+from numbabn.cuda import planes, rows, simulation, vector
+from numbabn.cuda import simulator as gpu
+from numbabn.cuda.formats import COLUMNS, CONSTANTS, FORMATS, THREADS, WARP
+
+
+def run(kernel, *arguments, blocks=1):
+    gpu.run(kernel, blocks, THREADS, arguments)
+
+
+def as_lanes(array, width):
+    return gpu.Flat(FORMATS[array.dtype.name], width, array)
+
+
+def aligned(count, dtype=np.float32):
+    memory = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :].view(dtype)[:count]
+
+
+class TestThreads:
+    def test_every_thread_of_every_block_runs(self):
+        seen = []
+        run(lambda: seen.append((gpu.block(), gpu.thread())), blocks=3)
+        assert seen == [(b, t) for b in range(3) for t in range(THREADS)]
+
+    def test_a_barrier_lets_others_come(self):
+        def kernel(out):
+            memory = gpu.shared_sums()
+            if gpu.thread() == THREADS - 1:
+                gpu.write(memory, 0, 7.0)
+            gpu.barrier()
+            out.append(gpu.read(memory, 0))
+
+        out = []
+        run(kernel, out)
+        assert out == [7.0] * THREADS
+
+    def test_neighbours_are_of_the_warp(self):
+        out = []
+        run(lambda: out.append(gpu.from_neighbour(gpu.thread(), WARP // 2)))
+        assert out == [t ^ WARP // 2 for t in range(THREADS)]
+
+    def test_shared_memory_is_fresh_for_every_block(self):
+        def kernel(out):
+            memory = gpu.shared_sums()
+            out.append(gpu.read(memory, 0))
+            gpu.barrier()
+            if gpu.thread() == 0:
+                gpu.write(memory, 0, 1.0)
+
+        out = []
+        run(kernel, out, blocks=2)
+        assert np.isnan(out).all()
+
+    @pytest.mark.parametrize("other", [lambda: None, gpu.fence])
+    def test_a_barrier_that_not_all_threads_reach(self, other):
+        def kernel():
+            if gpu.thread() < 3:
+                gpu.barrier()
+            else:
+                other()
+
+        with pytest.raises(RuntimeError, match=r"wait for \['a barrier', 'the end'\]"):
+            run(kernel)
+
+    def test_an_exchange_while_others_wait_at_a_barrier(self):
+        def kernel():
+            if gpu.thread() % 2:
+                gpu.barrier()
+            else:
+                gpu.from_neighbour(0.0, 1)
+
+        with pytest.raises(RuntimeError, match=r"wait for \['a barrier', 'an exchange'\]"):
+            run(kernel)
+
+    def test_an_error_ends_the_grid(self):
+        def kernel():
+            gpu.barrier()
+            if gpu.thread() == 5:
+                raise ZeroDivisionError
+            gpu.barrier()
+
+        with pytest.raises(ZeroDivisionError):
+            run(kernel)
+        run(gpu.barrier)
+
+
+class TestSharedMemory:
+    @pytest.mark.parametrize("writer", [0, THREADS - 1])
+    @pytest.mark.parametrize("first", ["read", "write"])
+    def test_a_race(self, writer, first):
+        def kernel():
+            memory = gpu.shared_sums()
+            if gpu.thread() != writer or first == "read":
+                gpu.read(memory, 3)
+            if gpu.thread() == writer:
+                gpu.write(memory, 3, 1.0)
+
+        with pytest.raises(RuntimeError, match=r"number 3 of shared memory.*no barrier in between"):
+            run(kernel)
+
+    def test_an_exchange_within_warps_is_no_barrier(self):
+        def kernel():
+            memory = gpu.shared_sums()
+            if gpu.thread() == 0:
+                gpu.write(memory, 0, 1.0)
+            gpu.from_neighbour(0.0, 1)
+            gpu.read(memory, 0)
+
+        with pytest.raises(RuntimeError, match="no barrier in between"):
+            run(kernel)
+
+    def test_two_that_write(self):
+        with pytest.raises(RuntimeError, match="thread 1 uses number 0"):
+            run(lambda: gpu.write(gpu.shared_sums(), 0, 1.0))
+
+    @pytest.mark.parametrize("index", [-1, COLUMNS * CONSTANTS])
+    def test_beside_it(self, index):
+        with pytest.raises(IndexError, match=f"number {index} of shared memory"):
+            run(lambda: gpu.read(gpu.shared_constants(), index))
+        with pytest.raises(IndexError, match=f"number {index} of shared memory"):
+            run(lambda: gpu.write(gpu.shared_constants(), index, 0.0))
+
+
+class TestMemory:
+    @pytest.mark.parametrize("index", [-4, 8, 6])
+    def test_beside_an_array(self, index):
+        x = as_lanes(aligned(8), 4)
+        with pytest.raises(IndexError, match=f"4 numbers from {index} on, of 8"):
+            gpu.load(x, index)
+        with pytest.raises(IndexError, match=f"4 numbers from {index} on, of 8"):
+            gpu.store(x, index, np.zeros(4))
+
+    def test_off_its_alignment(self):
+        x = aligned(9)
+        for array, index in ((x, 2), (x[1:], 0)):
+            with pytest.raises(IndexError, match="16 bytes at an address that is no multiple"):
+                gpu.load(as_lanes(array, 4), index)
+        gpu.load(as_lanes(x[1:], 4), 3)
+        gpu.load(as_lanes(x, 2), 2)
+
+    def test_from_another_element_on(self):
+        x = aligned(9)
+        x[:] = range(9)
+        backwards = gpu.flat("float32", 1, x[5:].ctypes.data, -5, 3)
+        assert [gpu.get(backwards, i) for i in (-5, 0, 3)] == [0, 5, 8]
+        with pytest.raises(IndexError):
+            gpu.get(backwards, 4)
+
+    def test_words_of_a_mask(self):
+        mask = aligned(9, np.uint8)
+        gpu.put_word(mask, 32, 0x80000001)
+        assert mask.tolist() == [0, 0, 0, 0, 1, 0, 0, 0x80, 0]
+        gpu.or_bits(mask, 70, 0b11)
+        assert mask[8] == 0b11000000
+        assert gpu.get_bits(mask, 70) == 0b11
+        for wrong in (mask[1:], mask):
+            with pytest.raises(IndexError, match="a word from bit"):
+                gpu.put_word(wrong, 32 if wrong is not mask else 8, 0)
+        with pytest.raises(IndexError, match="a word from bit 64 on, of 72"):
+            gpu.put_word(mask, 64, 0)
+        with pytest.raises(IndexError, match="beyond the end of a word"):
+            gpu.or_bits(mask, 30, 0b111)
+        for bit in (-1, 72):
+            with pytest.raises(IndexError, match=f"bit {bit}"):
+                gpu.get_bits(mask, bit)
+            with pytest.raises(IndexError, match=f"from bit {bit} on, of 72"):
+                gpu.or_bits(mask, bit, 1)
+
+    def test_arrivals(self):
+        counters = np.zeros(2, np.int32)
+        assert [gpu.arrive(counters, 1, 2) for _ in range(4)] == [0, 1, 2, 0]
+        assert counters.tolist() == [0, 1]
+
+    def test_a_call_finds_nothing_of_an_earlier_one(self):
+        workspace = simulation.workspace(0, 0)
+        ON.call(numbabn.batch_norm, cases.normal((131, 19)), training=True)
+        assert np.isfinite(workspace.arrays[0]).any()
+        memory = workspace._memory()
+        assert np.isnan(memory.partials.memory).all()
+
+
+def nothing(*_):
+    pass
+
+
+def swapped_size(size):
+    """Take the last piece for as large as the first, as where counts go by in merging."""
+    return lambda shape, index: size(shape, 0)
+
+
+def running_ahead(piece, place):
+    """Go to the next plane where the thread's own places end."""
+    s = place.s + piece.s_step
+    if s < piece.s_end:
+        return planes.Place(place.n, s)
+    return planes.Place(place.n + piece.n_step, piece.s)
+
+
+# What is broken: where, how, a shape that shows it, and what is told.
+BROKEN = {
+    "no barrier in a block's sum": (vector, "barrier", nothing, (2, 3, 24, 25), RuntimeError),
+    "no barrier around planes' constants": (planes, "barrier", nothing, (9, 5, 13), RuntimeError),
+    "no barrier around rows' constants": (rows, "barrier", nothing, (131, 24), RuntimeError),
+    "planes' pieces count alike": (
+        planes, "_size", swapped_size(planes._size), (11, 3, 7, 7), AssertionError,
+    ),
+    "rows' pieces count alike": (
+        rows, "_size", swapped_size(rows._size), (131, 24), AssertionError,
+    ),
+    "the first block takes itself for the last": (
+        vector, "arrive", lambda counters, index, last: last, (131, 24), AssertionError,
+    ),
+    "neighbours with a word in common part": (
+        planes, "_next", running_ahead, (2, 3, 24, 25), AssertionError,
+    ),
+    "a plane more": (
+        planes, "_inside", lambda piece, place: place.s < piece.s_end, (9, 5, 13), IndexError,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "shape", "error"), BROKEN.values(), ids=BROKEN
+)
+def test_a_broken_kernel_is_told(monkeypatch, module, name, broken, shape, error):
+    monkeypatch.setattr(module, name, broken)
+    options = {"with_residual": True, "activation": "relu", "on": ON}
+    with pytest.raises(error):
+        check_training(Problem(shape, 1, np.float32, 2**-23, **options))
+
+
+def test_numbers_that_overflow_as_they_are_grown(monkeypatch):
+    for module in (planes, rows):
+        monkeypatch.setattr(module, "counts", lambda attempt, m2: True)
+    with pytest.raises(AssertionError):
+        check_constant((3, 4, 7), 1, np.float32, 1e30, ON)
