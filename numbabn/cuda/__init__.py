@@ -23,7 +23,7 @@ from .arrays import (
 from .formats import FORMATS
 from .schedule import is_whole, shape_of
 from .target import SIMULATED
-from .workspace import workspace
+from .workspace import workspace_of
 
 if SIMULATED:
     from . import simulation as runner
@@ -61,7 +61,7 @@ class _Call:
         self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
         self.mask = runner.mask_of(mask)
         self.pieces = self.shape.groups * self.shape.pieces
-        self.workspace = workspace(self.place.device, self.place.stream)
+        self.workspace = workspace_of(self.place.device, self.place.stream)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -40,6 +40,6 @@ class Workspace:
 
 
 @cache
-def workspace(device: int, stream: int) -> Workspace:
+def workspace_of(device: int, stream: int) -> Workspace:
     """Give a stream's memory."""
     return Workspace()

@@ -53,9 +53,9 @@ GUARD = 64  # bytes on either side of an array
 @pytest.fixture(autouse=SIMULATED)
 def fresh_workspace():
     """A kernel that failed leaves its counters anywhere."""
-    from numbabn.cuda import simulation
+    from numbabn.cuda import workspace
 
-    simulation.workspace.cache_clear()
+    workspace.workspace_of.cache_clear()
 
 
 @pytest.fixture(autouse=SIMULATED)
