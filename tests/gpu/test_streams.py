@@ -17,7 +17,7 @@ THREADS = 8
 ROUNDS = 20
 # One block for each channel, several, rows, several of them.
 SHAPES = [((6, 33, 14, 14), 1), ((20, 5, 65, 67), 1), ((4, 7, 7, 40), -1), ((33, 23, 29, 40), -1)]
-CYCLES = 200_000_000  # some 0.1 seconds
+CYCLES = 600_000_000  # some 0.3 seconds
 
 
 @pytest.fixture
