@@ -31,7 +31,7 @@ CACHES = 3  # times the L2 cache that all sets of buffers fill together
 MOST_SETS, MOST_CALLS = 128, 96  # a stream holds some 1000 launches before the host must wait
 SAMPLE = 4e-4  # seconds on the device, by as many calls as that takes
 LEAST, MOST = 7, 25  # samples
-SECONDS = 0.35  # of samples for a case
+SECONDS = 0.25  # of samples for a case
 
 
 class Buffers:
@@ -139,13 +139,22 @@ def torch_ways(data: Buffers) -> dict[str, Any]:
     }
     try:
         saved = [aten.cudnn_batch_norm(x, w, b, *running, True, MOMENTUM, EPS)[1:] for x in data.x]
-    except RuntimeError:
-        return ways
+    except RuntimeError as error:
+        return ways | {"cuDNN": raising(error)}
     return ways | {
         "cuDNN": lambda i: aten.cudnn_batch_norm_backward(
             data.x[i], data.dy[i], w, *running, *saved[i][:2], EPS, saved[i][2]
         )
     }
+
+
+def raising(error: Exception) -> Any:
+    """Give a call that tells why there is none."""
+
+    def call(i: int) -> Any:
+        raise error
+
+    return call
 
 
 def compiled_way(data: Buffers) -> dict[str, Any]:
@@ -213,7 +222,7 @@ def check(data: Buffers, ways: dict[str, Any]) -> tuple[dict[str, Any], list[str
     from numbabn import cuda
 
     expected = data.expected()
-    launch, launched = cuda.launch, []
+    launch, launched = cuda.runner.launch, []
 
     def recorded(place: Any, kernel: str, view: str, form: str, width: int, *rest: Any) -> None:
         launched.append((kernel, view, form, width, rest[0]))
@@ -222,7 +231,7 @@ def check(data: Buffers, ways: dict[str, Any]) -> tuple[dict[str, Any], list[str
     errors, wrong = {}, []
     for name in list(ways):
         reset(data)
-        cuda.launch = recorded if name == "numbabn" else launch
+        cuda.runner.launch = recorded if name == "numbabn" else launch
         try:
             errors[name] = errors_of(data, expected, name, ways[name](data.sets - 1))
             torch.cuda.synchronize()
@@ -235,7 +244,7 @@ def check(data: Buffers, ways: dict[str, Any]) -> tuple[dict[str, Any], list[str
                 print(traceback.format_exc(), file=sys.stderr)
             continue
         finally:
-            cuda.launch = launch
+            cuda.runner.launch = launch
         tolerance = TOLERANCES[data.case.dtype]
         off = {key: value for key, value in errors[name].items() if not value <= tolerance}
         if off and name.startswith("numbabn"):
@@ -423,12 +432,12 @@ def pieces(data: Buffers) -> dict[str, Any]:
             pass
 
     take("make the device current, take the lock", alone)
-    launch, launched = cuda.launch, []
-    cuda.launch = lambda *arguments: (launched.append(arguments), launch(*arguments))[1]
+    launch, launched = cuda.runner.launch, []
+    cuda.runner.launch = lambda *arguments: (launched.append(arguments), launch(*arguments))[1]
     try:
         attempt(lambda: numbabn.batch_norm_forward(x, w, b, mean, var, out=out))
     finally:
-        cuda.launch = launch
+        cuda.runner.launch = launch
     for arguments in launched:
         take(f"launch {arguments[1]}", lambda arguments=arguments: launch(*arguments))
     take(
@@ -442,7 +451,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Compile kernels, on the host alone."""
     from numbabn.cuda import compilation
 
-    begin, done, problems = time.perf_counter(), 0, []
+    begin, done = time.perf_counter(), 0
+    failed: dict[str, list[str]] = {}
     wanted = {tuple(each) for each in request["variants"]}
     for variant in compilation.variants():
         if (variant.view, variant.format, variant.width) in wanted:
@@ -450,7 +460,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
                 compilation.compiled(variant, tuple(request["capability"]))
                 done += 1
             except Exception as error:
-                problems.append(f"{variant}: {type(error).__name__}: {str(error)[:500]}")
+                failed.setdefault(f"{type(error).__name__}: {error}", []).append(str(variant))
+    problems = [f"{', '.join(those[:3])} ({len(those)}): {why}" for why, those in failed.items()]
     return {"compiled": done, "seconds": time.perf_counter() - begin, "problems": problems}
 
 

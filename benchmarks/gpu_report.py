@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -114,7 +114,9 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT,
         )  # fmt: skip
         self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
+        arguments = self.process, self.lines
+        self.reader = threading.Thread(target=self._read, args=arguments, daemon=True)
+        self.reader.start()
 
     @staticmethod
     def _read(process: Any, lines: Any) -> None:
@@ -151,6 +153,10 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self.reader.join(10)
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):
+                    pipe.close()
             self.process = None
 
 
@@ -170,8 +176,9 @@ class Report:
         return BUDGET - (time.perf_counter() - self.begun)
 
     def problem(self, text: str) -> None:
+        text = " ".join(text.split())
         self.found["problems"].append(text)
-        self.say(f"PROBLEM {text.splitlines()[0][:200]}")
+        self.say(f"PROBLEM {text[:200]}")
 
     def say(self, text: str) -> None:
         print(f"{time.perf_counter() - self.begun:6.1f} s  {text}", flush=True)
@@ -277,7 +284,9 @@ def time_compiled(report: Report, worker: Worker, cases: list[dict[str, Any]]) -
             report.problem(f"torch.compile: {len(cases) - k} of {len(cases)} cases left out")
             return
         answer = worker.ask("measure", report.left - 10, compile=True, **case)
-        failed += "torch.compile" not in answer.get("times", {})
+        if "torch.compile" not in answer.get("times", {}):
+            failed += 1
+            report.problem(f"torch.compile: {answer.get('errors', {}).get('torch.compile')}")
         add(report, "compiled", case, answer)
 
 
