@@ -373,16 +373,15 @@ def per_call(call: Any, calls: int = 300, repeats: int = 7) -> float:
 
 
 def host(request: dict[str, Any]) -> dict[str, Any]:
-    """Take the host's time of each call on a small array, and of what a forward call is made of."""
-    whole: dict[str, Any] = {}
-    for op in TRAFFIC:
-        if op == "add_relu":
-            continue
-        data = Buffers(Case(op, "nchw", "float16", tuple(request["shape"])))
-        for name, call in (numbabn_ways(data) | torch_ways(data)).items():
-            whole[f"{op}, {name}"] = attempt(lambda call=call: per_call(lambda: call(0)))
-    forward = Case("forward", "nchw", "float16", tuple(request["shape"]))
-    return {"us": whole, "pieces_us": attempt(lambda: pieces(Buffers(forward)))}
+    """Take the host's time of each way to do an operation on a small array."""
+    case = Case(request["op"], "nchw", "float16", tuple(request["shape"]))
+    if request["pieces"]:
+        return pieces(Buffers(case))
+    data = Buffers(case)
+    return {
+        f"{case.op}, {name}": attempt(lambda call=call: per_call(lambda: call(0)))
+        for name, call in (numbabn_ways(data) | torch_ways(data)).items()
+    }
 
 
 def attempt(call: Any) -> Any:

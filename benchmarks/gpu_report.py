@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -60,6 +61,7 @@ VARIANTS = [
     ("rows", "float32", 4), ("planes", "float16", 1), ("planes", "float32", 1),
     ("planes", "float16", 4), ("planes", "float16", 2),
 ]  # fmt: skip
+FAILURES = 3  # cases of a kind that the process may die of
 PYTORCH = ("cuDNN", "native", "torch.compile")
 COPIES = ("copy", "copy by a kernel")
 
@@ -268,12 +270,20 @@ def finish_tests(report: Report, running: dict[str, tuple[Any, Path]]) -> None:
 
 
 def time_cases(report: Report, worker: Worker, cases: list[dict[str, Any]], until: float) -> None:
-    """Measure until so many seconds are left."""
+    """Measure until so many seconds are left; of what fails again and again, no more."""
+    failures: Counter[str] = Counter()
     for k, case in enumerate(cases):
         if report.left < until:
             report.problem(f"no time for {len(cases) - k} of {len(cases)} cases")
             return
-        add(report, "cases", case, worker.ask("measure", min(60.0, report.left), **case))
+        kind = f"{case['op']} {case['layout']} {case['dtype']}"
+        if failures[kind] == FAILURES:
+            continue
+        answer = worker.ask("measure", min(60.0, report.left), **case)
+        add(report, "cases", case, answer)
+        failures[kind] += "failed" in answer
+        if "failed" in answer and failures[kind] == FAILURES:
+            report.problem(f"{kind}: no more of these after {FAILURES} failures")
 
 
 def time_compiled(report: Report, worker: Worker, cases: list[dict[str, Any]]) -> None:
@@ -507,9 +517,12 @@ def work(report: Report, worker: Worker, args: argparse.Namespace, folder: Path)
         time_cases(report, worker, cases_of(args.quick), RESERVE)
     found["environment"]["nvidia-smi, after the figures"] = driver()
     with report.part("host"):
-        found["host"] = worker.ask("host", 40, shape=SMALL)
-        if "failed" in found["host"]:
-            report.problem(f"host: {found['host']['failed']}")
+        for key, op in (*(("us", op) for op in OPS), ("pieces_us", "forward")):
+            answer = worker.ask("host", 30, op=op, shape=SMALL, pieces=key == "pieces_us")
+            if "failed" in answer:
+                report.problem(f"host, {op}: {answer['failed']}")
+            else:
+                found["host"].setdefault(key, {}).update(answer)
     with report.part("kernels"):
         used = {tuple(k[:4]) for row in found["cases"] for k in row.get("kernels", [])}
         answer = worker.ask("kernels", 60, variants=sorted(used))
