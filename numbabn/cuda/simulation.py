@@ -37,7 +37,7 @@ def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -
         view.memory.fill(np.nan)
     counts = flat_bytes(counters.address, counters.nbytes).view(np.int32)
     assert not counts.any()
-    return Memory(*views, counts)
+    return Memory(views[0], views[1], counts)
 
 
 def on_device(ordinal: int) -> AbstractContextManager[None]:

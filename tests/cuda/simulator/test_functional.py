@@ -62,7 +62,11 @@ SMALLER = {
     "NHWC large": ((3, 7, 5, 17), -1),
 }
 # Of no interest but to accesses of several numbers.
-FURTHER = {"NCHW short, aligned": ((50, 2, 8, 8), 1), "NCL aligned": ((3, 2, 24), 1)}
+FURTHER = {
+    "NC aligned": ((17, 16), 1),
+    "NCHW short, aligned": ((50, 2, 8, 8), 1),
+    "NCL aligned": ((3, 2, 24), 1),
+}
 SHAPES = cases.SHAPES | SMALLER | FURTHER
 TRAINING = {
     f"{shape}, {option}, {name}": (*SHAPES[shape], *options, *tolerance)
@@ -284,15 +288,13 @@ class TestSameBits:
     def test_whatever_the_blocks_and_their_order(self, monkeypatch, shape, axis, dtype, ulp):
         expected = everything(shape, axis, dtype, ulp)
         assert everything(shape, axis, dtype, ulp) == expected
-        orders = {
-            "backwards": lambda blocks: reversed(range(blocks)),
-            "any": lambda blocks: np.random.default_rng(0).permutation(blocks).tolist(),
-        }
-        for order in orders.values():
-            monkeypatch.setattr(simulator, "order", order)
-            assert everything(shape, axis, dtype, ulp) == expected
-        for most in (1, 3):
+        for most, order in (
+            (formats.MOST_BLOCKS, lambda blocks: np.random.default_rng(0).permutation(blocks)),
+            (3, lambda blocks: reversed(range(blocks))),
+            (1, range),
+        ):
             monkeypatch.setattr(simulation, "MOST_BLOCKS", most)
+            monkeypatch.setattr(simulator, "order", order)
             assert everything(shape, axis, dtype, ulp) == expected
 
     @dtypes
@@ -301,13 +303,13 @@ class TestSameBits:
     )
     def test_of_one_block_and_of_several(self, monkeypatch, shape, axis, dtype, ulp):
         launched = set()
-        launch = numbabn.cuda.launch
+        launch = simulation.launch
 
         def noting(place, kernel, *args):
             launched.add(kernel)
             launch(place, kernel, *args)
 
-        monkeypatch.setattr(numbabn.cuda, "launch", noting)
+        monkeypatch.setattr(simulation, "launch", noting)
         expected = everything(shape, axis, dtype, ulp)
         assert launched == {"forward", "backward", "normalize", "statistics"}
         monkeypatch.setattr(numbabn.cuda, "is_whole", lambda shape: False)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from numbabn.cuda import planes, rows, schedule, simulator
+from numbabn.cuda import planes, rows, schedule, simulator, sweep
 from numbabn.cuda.formats import FORMATS, LANES, THREADS, WARP
 
 pytestmark = pytest.mark.real_blocks
@@ -13,23 +13,16 @@ pytestmark = pytest.mark.real_blocks
 def takes(view, shape, width):
     """Whatever threads take, as (n, c, s) of each access."""
     x = simulator.Flat(FORMATS["float64"], width)
-    steps = -(-shape.rounds // 4) * 4
+    module = planes if view == "planes" else rows
     for group in range(shape.groups):
         for index in range(shape.pieces):
             for simulator._here.t in range(THREADS):
-                if view == "planes":
-                    piece = planes._piece(x, shape, group, index)
-                    place = planes._start(piece)
-                    for _ in range(steps):
-                        if planes._inside(piece, place):
-                            yield place.n, group, place.s
-                        place = planes._next(piece, place)
-                else:
-                    piece = rows._piece(x, shape, group, index)
-                    for k in range(steps):
-                        row = piece.row + k * piece.step
-                        if rows._inside(piece, row):
-                            yield piece.n, piece.c, row
+                piece = module._piece(x, shape, group, index)
+                place = sweep.Place(piece.n, piece.s)
+                for _ in range(-(-shape.rounds // 4) * 4):
+                    if sweep.inside(piece, place):
+                        yield place.n, piece.c, place.s
+                    place = sweep._next(piece, place)
 
 
 @settings(
@@ -67,9 +60,9 @@ def test_neighbours_are_on_one_plane():
     places = []
     for simulator._here.t in range(THREADS):
         piece = planes._piece(x, shape, 0, 0)
-        places.append([planes._start(piece)])
+        places.append([sweep.Place(piece.n, piece.s)])
         for _ in range(shape.rounds - 1):
-            places[-1].append(planes._next(piece, places[-1][-1]))
+            places[-1].append(sweep._next(piece, places[-1][-1]))
     for turn in zip(*places, strict=True):
         assert len({place.n for place in turn}) == 1
 

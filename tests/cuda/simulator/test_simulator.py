@@ -7,7 +7,8 @@ from problem import SIMULATED as ON
 from problem import Problem, check_constant, check_training
 
 import numbabn
-from numbabn.cuda import planes, rows, simulation, vector
+from numbabn.backends import borrow
+from numbabn.cuda import planes, rows, simulation, sweep, vector, workspace
 from numbabn.cuda import simulator as gpu
 from numbabn.cuda.formats import COLUMNS, CONSTANTS, FORMATS, THREADS, WARP
 
@@ -18,6 +19,11 @@ def run(kernel, *arguments, blocks=1):
 
 def as_lanes(array, width):
     return gpu.Flat(FORMATS[array.dtype.name], width, array)
+
+
+def seen(array):
+    (view,) = borrow(None, x=ON.put(array))
+    return view
 
 
 def aligned(count, dtype=np.float32):
@@ -181,11 +187,16 @@ class TestMemory:
         assert counters.tolist() == [0, 1]
 
     def test_a_call_finds_nothing_of_an_earlier_one(self):
-        workspace = simulation.workspace(0, 0)
-        ON.call(numbabn.batch_norm, cases.normal((131, 19)), training=True)
-        assert np.isfinite(workspace.arrays[0]).any()
-        memory = workspace._memory()
+        like = seen(cases.normal((131, 19)))
+        kept = workspace.workspace_of(like.place.device, like.place.stream)
+        numbabn.batch_norm(like.owner, training=True)
+        arrays = kept.partials, kept.sums, kept.counters
+        assert np.isfinite(kept.partials.owner.copy_to_host()).any()
+        memory = simulation.memory_of(*arrays)
         assert np.isnan(memory.partials.memory).all()
+        memory.counters[0] = 1
+        with pytest.raises(AssertionError):
+            simulation.memory_of(*arrays)
 
 
 def nothing(*_):
@@ -201,8 +212,8 @@ def running_ahead(piece, place):
     """Go to the next plane where the thread's own places end."""
     s = place.s + piece.s_step
     if s < piece.s_end:
-        return planes.Place(place.n, s)
-    return planes.Place(place.n + piece.n_step, piece.s)
+        return sweep.Place(place.n, s)
+    return sweep.Place(place.n + piece.n_step, piece.s)
 
 
 # What is broken: where, how, a shape that shows it, and what is told.
@@ -220,10 +231,10 @@ BROKEN = {
         vector, "arrive", lambda counters, index, last: last, (131, 24), AssertionError,
     ),
     "neighbours with a word in common part": (
-        planes, "_next", running_ahead, (2, 3, 24, 25), AssertionError,
+        sweep, "_next", running_ahead, (2, 3, 24, 25), AssertionError,
     ),
     "a plane more": (
-        planes, "_inside", lambda piece, place: place.s < piece.s_end, (9, 5, 13), IndexError,
+        sweep, "inside", lambda piece, place: place.s < piece.s_end, (9, 5, 13), IndexError,
     ),
 }  # fmt: skip
 
