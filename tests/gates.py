@@ -62,17 +62,18 @@ class Expected(NamedTuple):
         return self.itemsize == 2 and self.bits == 128
 
 
-def expected(variant: Variant, capability: tuple[int, int]) -> Expected:
-    """Say what a variant must hold to."""
+def expected(variant: Variant, capability: tuple[int, int], resident: int) -> Expected:
+    """Say what a variant must hold to, compiled for so many blocks of a multiprocessor."""
     itemsize = FORMATS[variant.format].itemsize
     parts = PARTS[variant.kernel]
-    return Expected(parts, itemsize, variant.width, compilation.RESIDENT, THREADS, capability)
+    return Expected(parts, itemsize, variant.width, resident, THREADS, capability)
 
 
-def compiled(variant: Variant, capability: tuple[int, int]) -> tuple[str, sass.Kernel]:
-    """Compile a variant, and read what it has become; its name, too."""
+def compiled(variant: Variant, capability: tuple[int, int]) -> tuple[str, sass.Kernel, Expected]:
+    """Compile a variant, and read its name, what it has become, and what it must hold to."""
     code = compilation.compiled(variant, capability)
-    return code.name, sass.read(code.cubin, code.report)
+    due = expected(variant, capability, code.resident)
+    return code.name, sass.read(code.cubin, code.report), due
 
 
 class Finding(NamedTuple):

@@ -21,8 +21,8 @@ from .intrinsics import Global
 
 OLDEST = (8, 0)  # compute capability: rounding two float32 to 16 bits at once came with it
 # Blocks of a multiprocessor: 16 warps with four accesses each in flight are what its memory needs,
-# and leave 128 registers to a thread.
-RESIDENT = 2
+# and leave 128 registers to a thread. Where those do not do, one block has twice as many.
+RESIDENT = (2, 1)
 
 _TAKES = {
     "statistics": ("Map", "Parameters", "Settings", "Memory", "Shape"),
@@ -52,6 +52,12 @@ class Code(NamedTuple):
     cubin: bytes
     name: str  # of the kernel
     report: str  # what the assembler says of registers and memory
+    resident: int  # blocks of a multiprocessor that it was compiled for
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers did not do."""
+        return re.search(r"\b0 bytes stack frame", self.report) is None
 
 
 def function(variant: Variant) -> Callable[..., None]:
@@ -121,10 +127,14 @@ def assemble(
     cubin = bytes(linker.link("cubin").code)
     entry = re.search(r"\.entry\s+([^\s(]+)", text)
     assert entry is not None
-    return Code(cubin, entry[1], linker.get_info_log())
+    return Code(cubin, entry[1], linker.get_info_log(), resident)
 
 
 @cache
 def compiled(variant: Variant, capability: tuple[int, int]) -> Code:
     """Compile a variant for a compute capability, once in a process."""
-    return assemble(function(variant), _signature(variant), capability, resident=RESIDENT)
+    for resident in RESIDENT:
+        code = assemble(function(variant), _signature(variant), capability, resident=resident)
+        if not code.spills:
+            break
+    return code

@@ -437,10 +437,10 @@ def write_bits(y, mask, bit, lanes, valid, left, together):
     """
     bits = passed(y, lanes)
     if together:
-        within = thread() * width(y) % WORD
+        within = thread() * width(y) & (WORD - 1)
         word = gathered(y, bits)
         # With numbers beyond the end, or where words begin elsewhere, each sets its own bits.
-        if left + within >= WORD and (bit - within) % WORD == 0:
+        if left + within >= WORD and (bit - within) & (WORD - 1) == 0:
             if valid and within == 0:
                 put_word(mask, bit, word)
             return
