@@ -60,7 +60,7 @@ class _Call:
         self.shape: Shape = shape_of(self.view, layout.shape, self.width)
         self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
         self.mask = runner.mask_of(mask)
-        self.pieces = self.shape.groups * self.shape.pieces
+        self.tasks = self.shape.groups * self.shape.pieces
         self.workspace = workspace_of(self.place.device, self.place.stream)
 
     @contextmanager
@@ -79,9 +79,14 @@ class _Call:
         shared = self.workspace
         return runner.memory_of(shared.partials, shared.sums, shared.counters)
 
+    def prepare(self, *kernels: str) -> None:
+        """Compile ahead of the first launch, after which nothing must fail."""
+        for kernel in kernels:
+            runner.prepare(self.place, kernel, self.view, self.format, self.width)
+
     def launch(self, kernel: str, *arguments: Any) -> None:
         runner.launch(
-            self.place, kernel, self.view, self.format, self.width, self.pieces,
+            self.place, kernel, self.view, self.format, self.width, self.tasks,
             *arguments, self.shape,
         )  # fmt: skip
 
@@ -160,6 +165,7 @@ def forward(
         if is_whole(call.shape):
             call.launch("forward", views, given, settings)
         else:
+            call.prepare("statistics", "normalize")
             call.launch("statistics", x, given, settings, call.memory())
             call.launch("normalize", views, given, settings)
     return mean, invstd
@@ -185,6 +191,7 @@ def backward(
         if is_whole(call.shape):
             call.launch("backward", views, given, int(training), memory)
         else:
+            call.prepare("products", "gradient")
             call.launch("products", views, given, memory)
             call.launch("gradient", views, given, int(training), memory)
     return dweight, dbias

@@ -76,7 +76,10 @@ class _Torch(Library):
         """Allocate and compute on the call's stream, so that memory is not reused too early."""
         stack = ExitStack()
         if place.given:
-            stream = self.torch.cuda.ExternalStream(place.stream, device=place.device)
+            if place.stream in (0, _LEGACY):  # of 0 PyTorch would make any of its own streams
+                stream = self.torch.cuda.default_stream(place.device)
+            else:
+                stream = self.torch.cuda.ExternalStream(place.stream, device=place.device)
             stack.enter_context(self.torch.cuda.stream(stream))
         return stack
 
@@ -408,8 +411,19 @@ def borrow(stream: Any, arrays: Mapping[str, Any]) -> tuple[DeviceArray | None, 
             continue
         if array is not x:
             _check_beside(argument, array, first, name, place)
-        seen.append(library.view(argument, array, place))
+        view = library.view(argument, array, place)
+        if view.ndim == 1 and not _is_readable(view):
+            raise ValueError(
+                f"{argument}: expected an address and strides that are multiples of "
+                f"{view.itemsize} bytes, got {view.address} and {view.strides}"
+            )
+        seen.append(view)
     return tuple(seen)
+
+
+def _is_readable(array: DeviceArray) -> bool:
+    """Whether a kernel can read it number by number; what has more dimensions is copied if not."""
+    return array.flags.aligned and all(stride % array.itemsize == 0 for stride in array.strides)
 
 
 def _check_beside(argument: str, array: Any, first: str, name: str, place: Place) -> None:

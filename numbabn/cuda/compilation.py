@@ -5,7 +5,6 @@ compute capability.
 """
 
 import re
-import threading
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
 from numba.cuda import dispatcher, types
+from numba.cuda.core.compiler_lock import global_compiler_lock
 
 from . import arguments, planes, rows
 from .formats import FORMATS, THREADS
@@ -102,14 +102,11 @@ def _signature(variant: Variant) -> Any:
     return types.void(*(kinds[name] for name in _TAKES[variant.kernel]))
 
 
-_lock = threading.RLock()
-
-
 def assemble(
     kernel: Callable[..., None], signature: Any, capability: tuple[int, int], *, resident: int
 ) -> Code:
     """Compile a function for some types and a compute capability."""
-    with _lock:
+    with global_compiler_lock:
         # numba-cuda asks the driver for the device that a device function is compiled for, even
         # where the caller has named it.
         asked = dispatcher.get_current_device

@@ -287,6 +287,20 @@ def finite_or_zero(typing_context, lanes):
 
 
 @intrinsic
+def median(typing_context, a, b, c):
+    """Give the middle one of three in each lane."""
+
+    def codegen(context, builder, signature, args):
+        a, b, c = args
+        ordered = builder.fcmp_ordered("<", a, b)
+        low, high = builder.select(ordered, a, b), builder.select(ordered, b, a)
+        high = builder.select(builder.fcmp_ordered("<", high, c), high, c)
+        return builder.select(builder.fcmp_ordered("<", low, high), high, low)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
 def spread(typing_context, x, value):
     """Put a float64 into as many lanes as x has."""
     result = Lanes(types.float64, x.width)
@@ -320,6 +334,16 @@ def keep_where(typing_context, bits, lanes):
         return builder.select(unset, _same(value.type, 0.0), value)
 
     return lanes(types.int32, lanes), codegen
+
+
+@intrinsic
+def anew(typing_context, value):
+    """Give an integer of which LLVM knows nothing: what follows from it stays where it is used."""
+
+    def codegen(context, builder, signature, args):
+        return _asm(builder, _I64, [_I64], "mov.b64 $0, $1;", "=l,l", args)
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -751,12 +775,6 @@ def barrier():
 def any_of(flag):
     """Whether the flag of any thread of the block is set; waits as `barrier` does."""
     return cuda.syncthreads_or(types.int32(flag)) != 0
-
-
-@device
-def fence():
-    """Let all blocks see what this thread wrote before what it writes after."""
-    cuda.threadfence()
 
 
 @device

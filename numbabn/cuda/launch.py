@@ -81,6 +81,11 @@ def on_device(ordinal: int) -> Iterator[None]:
             current.set_current()
 
 
+def prepare(place: Place, kernel: str, view: str, format_name: str, width: int) -> None:
+    """Compile and load a kernel."""
+    _kernel(Variant(kernel, view, format_name, width), place.device)
+
+
 def launch(
     place: Place, kernel: str, view: str, format_name: str, width: int, blocks: int,
     *arguments: Any,

@@ -23,6 +23,7 @@ from .target import (
     device,
     finite_or_zero,
     get,
+    median,
     put,
     quotient,
     shared_constants,
@@ -88,11 +89,21 @@ def _piece(x, shape, c, piece):
 
 
 @device
+def _anchor(x, piece, first):
+    """Choose a number that is none of the piece's extremes: of three, the middle one."""
+    last = Place(min(first.n + piece.n_step, piece.n_end) - 1, piece.s_end - 1)
+    middle = Place((first.n + last.n) >> 1, (first.s + last.s) >> 1)
+    a, b = get(x.at, index_of(x, piece, first)), get(x.at, index_of(x, piece, middle))
+    c = get(x.at, index_of(x, piece, last))
+    none = zeros(x.at)
+    return finite_or_zero(median(none + a, none + b, none + c))
+
+
+@device
 def _piece_moments(x, shape, c, index, sums):
     """Take mean and M2 of a piece, known to every thread."""
     piece = _piece(x.at, shape, c, index)
-    first = get(x.at, index_of(x, piece, _corner(shape, index)))
-    anchor = finite_or_zero(zeros(x.at) + first)
+    anchor = _anchor(x, piece, _corner(shape, index))
     size = _size(shape, index)
     shift = m2 = 0.0
     attempt = AS_IT_IS
@@ -154,24 +165,24 @@ def statistics_planes(x, parameters, settings, memory, shape):
 
 
 @device
-def _normalize_piece(maps, parameters, settings, shape, c, index, memory):
+def _normalize_piece(maps, parameters, settings, shape, c, index, constants):
     kind = maps.x.at
     piece = _piece(kind, shape, c, index)
     barrier()
     if thread() == 0:
-        set_affine(kind, c, parameters, settings, memory, 0, 1)
+        set_affine(kind, c, parameters, settings, constants, 0, 1)
     barrier()
-    constants = affine(kind, memory, 0, 0, 1)
+    lanes = affine(kind, constants, 0, 0, 1)
     together = whole_words(kind, maps.mask.at, maps.mask.ds, shape.across)
-    write_normalized(maps, piece, shape.rounds, constants, settings.rectify != 0, together)
+    write_normalized(maps, piece, shape.rounds, lanes, settings.rectify != 0, together)
 
 
 def normalize_planes(maps, parameters, settings, shape):
     """Normalize by given statistics: saved ones, or in inference the running ones."""
-    memory = shared_constants()
+    constants = shared_constants()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         c = quotient(task, shape.pieces)
-        _normalize_piece(maps, parameters, settings, shape, c, task - c * shape.pieces, memory)
+        _normalize_piece(maps, parameters, settings, shape, c, task - c * shape.pieces, constants)
 
 
 def forward_planes(maps, parameters, settings, shape):
@@ -234,16 +245,16 @@ def products_planes(maps, gradients, memory, shape):
 
 
 @device
-def _gradient_piece(maps, gradients, training, memory, shape, c, index, columns):
+def _gradient_piece(maps, gradients, training, memory, shape, c, index, constants):
     kind = maps.x.at
     piece = _piece(kind, shape, c, index)
     barrier()
     if thread() == 0:
         count = np.float64(shape.N * shape.S)
-        set_gradient_affine(kind, piece.c, count, gradients, memory.sums, shape.C, columns, 0, 1)
+        set_gradient_affine(kind, piece.c, count, gradients, memory.sums, shape.C, constants, 0, 1)
     barrier()
-    constants = gradient_affine(kind, columns, 0, 0, 1)
-    write_gradient(maps, piece, shape.rounds, constants, training != 0)
+    lanes = gradient_affine(kind, constants, 0, 0, 1)
+    write_gradient(maps, piece, shape.rounds, lanes, training != 0)
 
 
 def gradient_planes(maps, gradients, training, memory, shape):

@@ -19,6 +19,7 @@ from .sweep import (
     write_normalized,
 )
 from .target import (
+    anew,
     any_of,
     barrier,
     block,
@@ -26,12 +27,15 @@ from .target import (
     device,
     finite_or_zero,
     get,
+    median,
     put,
     quotient,
     shared_constants,
     shared_lanes,
+    spread,
     thread,
     threads,
+    total,
     unpack,
     wide,
     width,
@@ -125,13 +129,35 @@ def _apart(x, shape):
 
 
 @device
+def _anchor_rows(shape, index):
+    """Three rows of a piece."""
+    first = _first(shape, index)
+    last = min(first.s + shape.places, shape.S) - 1
+    return first, Place(first.n, (first.s + last) >> 1), Place(first.n, last)
+
+
+@device
+def _anchor(x, shape, piece, index):
+    """Choose a number of each column that is none of its extremes: of three, the middle one."""
+    p, q, r = _anchor_rows(shape, index)
+    there = piece.c < piece.c_end
+    a, b = unpack(load_at(x, piece, p, there)), unpack(load_at(x, piece, q, there))
+    return finite_or_zero(median(a, b, unpack(load_at(x, piece, r, there))))
+
+
+@device
 def _pivot(x, shape, group, index):
     """Give the anchor of a thread's column."""
-    first, c = _first(shape, index), _channel(x.at, shape, group)
-    pivot = 0.0
-    if c < shape.C:
-        pivot = np.float64(get(x.at, first.n * x.dn + c * x.dc + first.s * x.ds))
-    return pivot if pivot - pivot == 0.0 else 0.0
+    p, q, r = _anchor_rows(shape, index)
+    c = _channel(x.at, shape, group)
+    if c >= shape.C:
+        return 0.0
+    first = p.n * x.dn + c * x.dc
+    none = spread(x.at, 0.0)
+    a = none + np.float64(get(x.at, first + p.s * x.ds))
+    b = none + np.float64(get(x.at, first + q.s * x.ds))
+    chosen = median(a, b, none + np.float64(get(x.at, first + r.s * x.ds)))
+    return total(finite_or_zero(chosen)) / np.float64(width(x.at))
 
 
 @device
@@ -142,8 +168,8 @@ def _piece_moments(x, shape, group, index, stage):
     wanted = AS_IT_IS  # by the thread's column
     for attempt in range(3):
         scale = scale_of(x.at, attempt)
-        first = load_at(x, piece, _first(shape, index), piece.c < piece.c_end)
-        held = thread_moments(x, piece, shape.rounds, finite_or_zero(unpack(first)), scale)
+        anchor = _anchor(x, shape, piece, anew(index))  # else its places take registers
+        held = thread_moments(x, piece, shape.rounds, anchor, scale)
         far = column_sum(staged(totals(held, scale), stage), stage, columns)
         near = far / _size(shape, index)
         shifts = by_lanes(x.at, near, stage, columns, _lane_column(x.at, shape))
@@ -205,27 +231,27 @@ def statistics_rows(x, parameters, settings, memory, shape):
 
 
 @device
-def _normalize_piece(maps, parameters, settings, shape, group, index, memory):
+def _normalize_piece(maps, parameters, settings, shape, group, index, constants):
     kind = maps.x.at
     columns = _columns(kind, shape)
     barrier()
     if _has_channel(kind, shape, group):
         c = _channel(kind, shape, group)
-        set_affine(kind, c, parameters, settings, memory, thread(), columns)
+        set_affine(kind, c, parameters, settings, constants, thread(), columns)
     barrier()
-    constants = affine(kind, memory, _lane_column(kind, shape), 1, columns)
+    lanes = affine(kind, constants, _lane_column(kind, shape), 1, columns)
     together = whole_words(kind, maps.mask.at, maps.mask.dc, shape.across)
     piece = _piece(kind, shape, group, index)
-    write_normalized(maps, piece, shape.rounds, constants, settings.rectify != 0, together)
+    write_normalized(maps, piece, shape.rounds, lanes, settings.rectify != 0, together)
 
 
 def normalize_rows(maps, parameters, settings, shape):
     """Normalize by given statistics: saved ones, or in inference the running ones."""
-    memory = shared_constants()
+    constants = shared_constants()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         group = quotient(task, shape.pieces)
         index = task - group * shape.pieces
-        _normalize_piece(maps, parameters, settings, shape, group, index, memory)
+        _normalize_piece(maps, parameters, settings, shape, group, index, constants)
 
 
 def forward_rows(maps, parameters, settings, shape):
@@ -244,17 +270,17 @@ def forward_rows(maps, parameters, settings, shape):
 
 
 @device
-def _piece_products(maps, gradients, shape, group, index, stage, memory):
+def _piece_products(maps, gradients, shape, group, index, stage, constants):
     """Sum dy, and its product with x, of a thread's column of a piece."""
     kind = maps.x.at
     columns = _columns(kind, shape)
     barrier()
     if _has_channel(kind, shape, group):
-        set_normal(kind, _channel(kind, shape, group), gradients, memory, thread(), columns)
+        set_normal(kind, _channel(kind, shape, group), gradients, constants, thread(), columns)
     barrier()
-    constants = normal(kind, memory, _lane_column(kind, shape), 1, columns)
+    lanes = normal(kind, constants, _lane_column(kind, shape), 1, columns)
     piece = _piece(kind, shape, group, index)
-    held = thread_products(maps, piece, shape.rounds, constants)
+    held = thread_products(maps, piece, shape.rounds, lanes)
     dy = column_sum(staged(wide(held.dy), stage), stage, columns)
     return dy, column_sum(staged(wide(held.dy_x), stage), stage, columns)
 

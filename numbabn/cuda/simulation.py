@@ -45,6 +45,10 @@ def on_device(ordinal: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def prepare(place: Place, kernel: str, view: str, format_name: str, width: int) -> None:
+    """Do nothing: Python's functions are ready."""
+
+
 def launch(
     place: Place, kernel: str, view: str, format_name: str, width: int, blocks: int,
     *arguments: Any,

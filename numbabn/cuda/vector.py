@@ -2,8 +2,8 @@
 
 A thread sums no more than `schedule.DEPTH` accesses of a piece in the type that it computes with;
 from there on sums run in float64. Its moments are, lane by lane, those of Welford, "Note on a
-method for calculating corrected sums of squares and products" (1962), about an anchor, the
-piece's first number: differences from it are exact near it, so that no offset of the data costs
+method for calculating corrected sums of squares and products" (1962), about an anchor, a
+number of the piece: differences from it are exact near it, so that no offset of the data costs
 anything. They are put together by their counts, as in Chan, Golub & LeVeque (1983), but all at
 once: first the mean of all, then the squares about it.
 """
@@ -19,7 +19,6 @@ from .target import (
     barrier,
     bfloat16_at,
     device,
-    fence,
     float16_at,
     float32_at,
     float64_at,
@@ -289,8 +288,10 @@ def by_lanes(x, value, memory, columns, column):
 
 @device
 def is_last(counters, index, count, memory):
-    """Whether all other blocks that count on this index have come; tells every thread."""
-    fence()
+    """Whether all other blocks that count on this index have come; tells every thread.
+
+    What this block has written is seen by the last: the barrier orders it before the arrival.
+    """
     barrier()
     if thread() == 0:
         write(memory, 0, np.float64(arrive(counters, index, count - 1)))

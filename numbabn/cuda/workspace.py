@@ -1,7 +1,7 @@
 """Memory that the blocks of a grid share."""
 
 import threading
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,14 @@ class Workspace:
             self.counters = zeros((shape.groups,), np.int32, like)  # and zeros they are left
 
 
-@cache
+_PER_THREAD = 2  # handle of a stream that each thread has one of
+
+
 def workspace_of(device: int, stream: int) -> Workspace:
     """Give a stream's memory."""
+    return _workspace(device, stream, threading.get_ident() if stream == _PER_THREAD else 0)
+
+
+@lru_cache(maxsize=64)
+def _workspace(device: int, stream: int, thread: int) -> Workspace:
     return Workspace()

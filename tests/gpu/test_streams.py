@@ -146,3 +146,16 @@ def test_cupy_on_a_side_stream():
         given.fill(0)
         got = cupy.get(y)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+@pytest.mark.parametrize("handle", [0, 1], ids=["as PyTorch has it", "legacy"])
+def test_the_default_stream_may_be_named(torch, case, handle):
+    """All of a call is on it, so that nothing overtakes what it does."""
+    given = operands(torch, case)
+    axis, x, _, weight = given
+    expected = numbabn.batch_norm_forward(x, weight, axis=axis, activation="relu")
+    torch.torch.cuda.synchronize()
+    for _ in range(20):
+        got = numbabn.batch_norm_forward(x, weight, axis=axis, activation="relu", stream=handle)
+        check_same(torch, got, expected)

@@ -55,7 +55,7 @@ def fresh_workspace():
     """A kernel that failed leaves its counters anywhere."""
     from numbabn.cuda import workspace
 
-    workspace.workspace_of.cache_clear()
+    workspace._workspace.cache_clear()
 
 
 @pytest.fixture(autouse=SIMULATED)

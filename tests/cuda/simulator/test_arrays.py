@@ -1,5 +1,7 @@
 """Numba's arrays, seen in its simulator: host memory behind the same interface."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cases
 import ml_dtypes
 import numpy as np
@@ -9,7 +11,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
 import numbabn
 from numbabn import backends
-from numbabn.cuda import arrays
+from numbabn.cuda import arrays, workspace
 
 dtypes = pytest.mark.parametrize(
     "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda d: d.__name__
@@ -158,6 +160,24 @@ class TestCalls:
         x = cuda.to_device(np.ones((4, 3)))
         with pytest.raises(TypeError, match="stream: expected None, a CUDA stream or its handle"):
             numbabn.batch_stats(x, stream=stream)
+
+
+class TestParameters:
+    def test_off_their_alignment_are_refused(self):
+        x = cuda.to_device(np.ones((4, 3), np.float32))
+        packed = np.zeros(3, [("a", np.uint8), ("b", np.float32)])["b"]
+        running = cuda.to_device(np.zeros(3, np.float32))
+        with pytest.raises(ValueError, match="weight: expected an address and strides that are"):
+            numbabn.batch_norm(x, running, None, FakeCUDAArray(packed), training=True)
+        assert not running.copy_to_host().any()
+
+    def test_workspaces_of_threads_own_streams(self):
+        per_thread, legacy = 2, 1
+        here = workspace.workspace_of(0, per_thread)
+        assert here is workspace.workspace_of(0, per_thread)
+        assert here is not workspace.workspace_of(0, legacy)
+        with ThreadPoolExecutor(1) as pool:
+            assert here is not pool.submit(workspace.workspace_of, 0, per_thread).result()
 
 
 class TestStatistics:

@@ -66,7 +66,7 @@ class TestThreads:
         run(kernel, out, blocks=2)
         assert np.isnan(out).all()
 
-    @pytest.mark.parametrize("other", [lambda: None, gpu.fence])
+    @pytest.mark.parametrize("other", [lambda: None, gpu.block])
     def test_a_barrier_that_not_all_threads_reach(self, other):
         def kernel():
             if gpu.thread() < 3:
