@@ -293,7 +293,8 @@ def check_outlier(shape, dtype, outlier, on=HOST):
         off = on.accuracy(dtype)
         std = np.sqrt(m2 / count).max()
         np.testing.assert_allclose(on.get(stats.mean), mean, atol=10 * off * std)
-        np.testing.assert_allclose(on.get(stats.m2), m2, rtol=1000 * off)
+        # Cancellation costs up to as many units in the last place as there are numbers.
+        np.testing.assert_allclose(on.get(stats.m2), m2, rtol=3000 * off)
 
 
 def check_not_finite(shape, axis, bad, dtype=np.float32, on=HOST):
