@@ -20,8 +20,9 @@ from .formats import FORMATS, THREADS
 from .intrinsics import Global
 
 OLDEST = (8, 0)  # compute capability: rounding two float32 to 16 bits at once came with it
-# Blocks of a multiprocessor: 16 warps with four accesses each in flight are what its memory needs,
-# and leave 128 registers to a thread. Where those do not do, one block has twice as many.
+# Blocks of a multiprocessor: 16 warps with four accesses each in flight should keep its memory busy
+# (latency times bandwidth, not measured), and leave 128 registers to a thread. Where those do not
+# do, one block has twice as many.
 RESIDENT = (2, 1)
 
 _TAKES = {

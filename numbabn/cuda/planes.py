@@ -2,7 +2,8 @@
 
 A channel is cut into pieces: some planes, or some places of one. A block takes a piece at a time;
 its threads lie side by side along the places, and below one another along the planes. The sums of
-a piece, and how those of all pieces are put together, depend on the shape alone.
+a piece, and how those of all pieces are put together, depend on nothing that `schedule` leaves to
+the GPU.
 """
 
 import numpy as np

@@ -3,8 +3,9 @@
 Channels are taken in groups of neighbours, the columns of a block, and their rows are cut into
 pieces. A block takes a piece of a group at a time; its threads lie side by side along the channels
 and below one another along the rows. The sums of a piece, and how those of all pieces are put
-together, depend on the shape alone. What is one number of a column is also taken by columns: there
-are no more of them than threads, and thread t has column ``t % columns``.
+together, depend on nothing that `schedule` leaves to the GPU. What is one number of a column is
+also taken by columns: there are no more of them than threads, and thread t has column ``t %
+columns``.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """How much a block takes, how its threads lie, and which variant runs.
 
-What decides the order of sums, a piece's size and the place of threads in it, depends on the shape
-and the format alone: results have the same bits on every GPU. What does not, the number of blocks
+What decides the order of sums, a piece's size and the place of threads in it, depends on the shape,
+the format and how much moves at a time, which strides and alignment allow: the same arrays give the
+same bits whatever the number of blocks and multiprocessors. What does not, the number of blocks
 and the variant, may depend on the GPU.
 """
 
