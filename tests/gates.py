@@ -19,13 +19,15 @@ INTEGER_ATOMICS = {"INC", "OR"}
 
 
 class Part(NamedTuple):
-    """What a kernel does with all data, in a loop of its own: accesses of each step."""
+    """What a kernel does with all data, in a loop of its own: accesses of each turn."""
 
     name: str
     loads: int
     stores: int = 0
     reads_mask: bool = False
     writes_mask: bool = False
+    keeps: int = 0  # accesses that are put into slots of shared memory
+    takes: int = 0  # and those that come from there
 
 
 STATISTICS = Part("statistics", 1)
@@ -35,11 +37,12 @@ GRADIENT = Part("gradient", 2, 2, reads_mask=True)
 PARTS = {
     "statistics": (STATISTICS,),
     "normalize": (NORMALIZE,),
-    "forward": (STATISTICS, NORMALIZE),
+    "forward": (STATISTICS._replace(keeps=1), NORMALIZE._replace(loads=1, takes=1)),
     "products": (PRODUCTS,),
     "gradient": (GRADIENT,),
-    "backward": (PRODUCTS, GRADIENT),
+    "backward": (PRODUCTS._replace(keeps=2), GRADIENT._replace(loads=0, takes=2)),
 }
+ARRAYS = {"forward": 1, "backward": 2}  # that are held
 
 
 class Expected(NamedTuple):
@@ -88,7 +91,11 @@ def _does(loop: sass.Loop, part: Part, bits: int) -> bool:
     """Whether a loop loads and stores what a part of a kernel does."""
     loads = [bits] * part.loads * STEPS + [MASK] * part.reads_mask * STEPS
     stores = [bits] * part.stores * STEPS + [WORD] * part.writes_mask * STEPS
-    return loop.moved("LDG") == sorted(loads) and loop.moved("STG") == sorted(stores)
+    moved = {
+        "LDG": loads, "STG": stores,
+        "STS": [bits] * part.keeps * STEPS, "LDS": [bits] * part.takes * STEPS,
+    }  # fmt: skip
+    return all(loop.moved(name) == sorted(bits) for name, bits in moved.items())
 
 
 def _is_per_channel(loop: sass.Loop) -> bool:

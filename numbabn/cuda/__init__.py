@@ -20,8 +20,8 @@ from .arrays import (
     give,
     upload,
 )
-from .formats import FORMATS
-from .schedule import is_whole, shape_of
+from .formats import FORMATS, THREADS
+from .schedule import first_lasting, is_held, shape_of, slots_of
 from .target import SIMULATED
 from .workspace import workspace_of
 
@@ -50,17 +50,22 @@ __all__ = [
 class _Call:
     """What all launches of a call share."""
 
-    def __init__(self, layout: Layout, maps: tuple[View | None, ...], mask: View | None) -> None:
+    def __init__(
+        self, layout: Layout, maps: tuple[View | None, ...], mask: View | None, arrays: int = 1
+    ) -> None:
         first = next(view for view in maps if view is not None)
         self.like: DeviceArray = first.array
         self.place = self.like.place
         self.view = layout.kind
         self.format = layout.dtype.name
         self.width = _width(layout, maps, mask)
-        self.shape: Shape = shape_of(self.view, layout.shape, self.width)
+        itemsize = layout.dtype.itemsize
+        self.shape: Shape = shape_of(self.view, layout.shape, self.width, itemsize, arrays)
         self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
         self.mask = runner.mask_of(mask)
         self.tasks = self.shape.groups * self.shape.pieces
+        self.summed = arrays * first.array.nbytes
+        self.held = slots_of(self.shape, self.view, arrays) * THREADS * self.width * itemsize
         self.workspace = workspace_of(self.place.device, self.place.stream)
 
     @contextmanager
@@ -74,21 +79,57 @@ class _Call:
         return empty((self.shape.C,), dtype, self.like)
 
     def memory(self) -> Memory:
-        columns = self.width << self.shape.across if self.view == "rows" else 1
-        self.workspace.fit(self.shape, columns, self.like)
+        self.workspace.fit(self.shape, self.like)
         shared = self.workspace
         return runner.memory_of(shared.partials, shared.sums, shared.counters)
 
-    def prepare(self, *kernels: str) -> None:
+    def capacity(self, kernel: str) -> int:
+        """How many blocks of a kernel that holds its pieces run at once."""
+        return runner.capacity(
+            self.place, kernel, self.view, self.format, self.width, self.held
+        )  # fmt: skip
+
+    def go_back(self) -> None:
+        """Let a second sweep begin with what L2 has kept of the first."""
+        lasting = first_lasting(self.tasks, self.summed, runner.l2_bytes(self.place))
+        self.shape = self.shape._replace(lasting=lasting)
+
+    def prepare(self, kernel: str) -> None:
         """Compile ahead of the first launch, after which nothing must fail."""
-        for kernel in kernels:
-            runner.prepare(self.place, kernel, self.view, self.format, self.width)
+        runner.prepare(self.place, kernel, self.view, self.format, self.width)
+
+    def prepare_sums(self, kernel: str) -> None:
+        """Compile what sums pieces, and what puts them together."""
+        self.prepare(kernel)
+        runner.prepare(self.place, kernel, "channels", FORMATS[self.format].computed, 1)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
+        """Launch a block for each piece, which waits for no other."""
         runner.launch(
             self.place, kernel, self.view, self.format, self.width, self.tasks,
             *arguments, self.shape,
         )  # fmt: skip
+
+    def launch_held(self, kernel: str, capacity: int, *arguments: Any) -> None:
+        """Launch as many blocks as run at once, if some wait for others."""
+        together = self.shape.pieces > 1
+        runner.launch(
+            self.place, kernel, self.view, self.format, self.width,
+            min(self.tasks, capacity) if together else self.tasks,
+            *arguments, self.shape, shared=self.held, together=together,
+        )  # fmt: skip
+
+    def launch_statistics(self, x: Any, *arguments: Any) -> None:
+        """Launch what takes statistics and, where channels have several pieces, what merges them."""
+        self.launch("statistics", x, *arguments)
+        if self.shape.pieces > 1:
+            self.launch_channels("statistics", *arguments)
+
+    def launch_channels(self, kernel: str, *arguments: Any) -> None:
+        """Launch what puts the pieces of all channels together."""
+        computed = FORMATS[self.format].computed
+        blocks = -(-self.shape.C >> self.shape.beside)
+        runner.launch(self.place, kernel, "channels", computed, 1, blocks, *arguments, self.shape)
 
 
 def _width(layout: Layout, maps: tuple[View | None, ...], mask: View | None) -> int:
@@ -120,9 +161,11 @@ def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:
     mean, m2 = call.per_channel(), call.per_channel()
     none = numbers_of(None)
     parameters = Parameters(none, none, none, none, numbers_of(mean), numbers_of(m2), none)
+    settings = Settings(0.0, 0.0, 0.0, 0)
     with call.alone():
-        settings = Settings(0.0, 0.0, 0.0, 0)
-        call.launch("statistics", call.maps[0], parameters, settings, call.memory())
+        memory = call.memory()
+        call.prepare_sums("statistics")
+        call.launch_statistics(call.maps[0], parameters, settings, memory)
     return mean, m2
 
 
@@ -162,11 +205,14 @@ def forward(
     y, x, residual = call.maps
     views = Forward(y, x, residual, call.mask)
     with call.alone():
-        if is_whole(call.shape):
-            call.launch("forward", views, given, settings)
+        memory, capacity = call.memory(), call.capacity("forward")
+        if is_held(call.shape, capacity):
+            call.launch_held("forward", capacity, views, given, settings, memory)
         else:
-            call.prepare("statistics", "normalize")
-            call.launch("statistics", x, given, settings, call.memory())
+            call.prepare_sums("statistics")
+            call.prepare("normalize")
+            call.go_back()
+            call.launch_statistics(x, given, settings, memory)
             call.launch("normalize", views, given, settings)
     return mean, invstd
 
@@ -181,17 +227,20 @@ def backward(
 ) -> tuple[DeviceArray, DeviceArray]:
     """Write dx and dresidual; give dweight and dbias, of a dtype. Views: dx, dresidual, dy, x."""
     *maps, mask = layout.views
-    call = _Call(layout, tuple(maps), mask)
+    call = _Call(layout, tuple(maps), mask, arrays=2)
     dweight, dbias = call.per_channel(dtype), call.per_channel(dtype)
     given = Gradients(*map(numbers_of, (weight, mean, invstd, dweight, dbias)))
     dx, dresidual, dy, x = call.maps
     views = Backward(dx, dresidual, dy, x, call.mask)
     with call.alone():
-        memory = call.memory()
-        if is_whole(call.shape):
-            call.launch("backward", views, given, int(training), memory)
+        memory, capacity = call.memory(), call.capacity("backward")
+        if is_held(call.shape, capacity):
+            call.launch_held("backward", capacity, views, given, int(training), memory)
         else:
-            call.prepare("products", "gradient")
+            call.prepare_sums("products")
+            call.prepare("gradient")
+            call.go_back()
             call.launch("products", views, given, memory)
+            call.launch_channels("products", x, given, memory)
             call.launch("gradient", views, given, int(training), memory)
     return dweight, dbias

@@ -81,16 +81,16 @@ class Settings(NamedTuple):
 class Memory(NamedTuple):
     """What the blocks of a grid share."""
 
-    partials: Any  # `Global` of float64: pieces' counts, means and M2, or their two sums
-    sums: Any  # `Global` of float64 [2, C]: sum of dy, sum of dy * (x - mean) * invstd
-    counters: Any  # address of int32: pieces of a channel, or of a group, that have come; zeros
+    partials: Any  # `Global` of float64 [3, C, pieces]: counts, means and M2; or two sums
+    sums: Any  # `Global` of float64 [2, C]: of all pieces, mean and M2; or those sums
+    counters: Any  # address of int32 [groups, 2]: blocks that have come so far; zeros
 
 
 class Shape(NamedTuple):
     """Sizes, and how blocks and threads share them; see `schedule`.
 
-    A piece is what a block sums in one go. Its threads lie ``2**across`` side by side along the
-    axis that is contiguous in memory, and `below` one another along the other one.
+    A piece is what a crew of ``2**crew`` threads sums in one go. They lie ``2**across`` side by
+    side along the axis that is contiguous in memory, and `below` one another along the other one.
     """
 
     N: int
@@ -100,10 +100,14 @@ class Shape(NamedTuple):
     places: int  # of a piece; of rows, their number
     per_plane: int  # pieces of a plane
     pieces: int  # of a channel
-    groups: int  # of channels that a block takes side by side; of planes, one each
+    groups: int  # of channels that a block takes side by side
+    crew: int
     across: int
     below: int
     rounds: int  # how often a thread loads, at most
+    beside: int  # 2**beside channels are put together side by side, by all threads of a block
+    share: int  # how many channels of a group one of its blocks puts together
+    lasting: int = -1  # of two sweeps, the first task that L2 keeps for the second; else -1
 
 
 _NO_NUMBERS = Numbers(0, 0, 0)

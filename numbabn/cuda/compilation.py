@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import dispatcher, types
 from numba.cuda.core.compiler_lock import global_compiler_lock
 
-from . import arguments, planes, rows
+from . import arguments, channels, planes, rows
 from .formats import FORMATS, THREADS
 from .intrinsics import Global
 
@@ -28,11 +28,17 @@ RESIDENT = (2, 1)
 _TAKES = {
     "statistics": ("Map", "Parameters", "Settings", "Memory", "Shape"),
     "normalize": ("Forward", "Parameters", "Settings", "Shape"),
-    "forward": ("Forward", "Parameters", "Settings", "Shape"),
+    "forward": ("Forward", "Parameters", "Settings", "Memory", "Shape"),
     "products": ("Backward", "Gradients", "Memory", "Shape"),
     "gradient": ("Backward", "Gradients", "flag", "Memory", "Shape"),
     "backward": ("Backward", "Gradients", "flag", "Memory", "Shape"),
 }
+# Of what puts together the pieces of channels.
+_CHANNELS_TAKE = {
+    "statistics": ("Parameters", "Settings", "Memory", "Shape"),
+    "products": ("Map", "Gradients", "Memory", "Shape"),
+}
+_VIEWS = {"planes": planes, "rows": rows, "channels": channels}
 
 
 class Variant(NamedTuple):
@@ -63,8 +69,8 @@ class Code(NamedTuple):
 
 def function(variant: Variant) -> Callable[..., None]:
     """Give a kernel's Python function."""
-    module = planes if variant.view == "planes" else rows
-    kernel: Callable[..., None] = getattr(module, f"{variant.kernel}_{variant.view}")
+    name = f"{variant.kernel}_{variant.view}"
+    kernel: Callable[..., None] = getattr(_VIEWS[variant.view], name)
     return kernel
 
 
@@ -76,6 +82,10 @@ def variants() -> list[Variant]:
         for k in range(each.lanes.bit_length())
         for view in ("planes", "rows")
         for kernel in _TAKES
+    ] + [
+        Variant(kernel, "channels", name, 1)
+        for name in ("float32", "float64")
+        for kernel in _CHANNELS_TAKE
     ]
 
 
@@ -100,7 +110,8 @@ def _signature(variant: Variant) -> Any:
         "Shape": _tuple("Shape", *(i64,) * len(arguments.Shape._fields)),
         "flag": i64,
     }
-    return types.void(*(kinds[name] for name in _TAKES[variant.kernel]))
+    takes = _CHANNELS_TAKE if variant.view == "channels" else _TAKES
+    return types.void(*(kinds[name] for name in takes[variant.kernel]))
 
 
 def assemble(

@@ -9,10 +9,9 @@ MOST_BLOCKS = 1 << 20  # of a grid; the rest is left to its loops
 LANES = 8  # numbers that one access moves at most
 
 # Numbers of float64 in shared memory.
-SUMS = THREADS // WARP  # one of each warp
-STAGE = THREADS * LANES  # one of each lane
-COLUMNS = WARP * LANES  # one of each channel of a block, of rows
+CREWS = THREADS // WARP  # of a block of planes, at most
 CONSTANTS = 5  # of a channel, at most
+STAGE = THREADS * LANES  # one of each lane; or, of rows, those constants of a block's channels
 
 
 class Format(NamedTuple):

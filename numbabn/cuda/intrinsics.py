@@ -14,23 +14,17 @@ from numba.cuda.cudaimpl import registry as implementations
 from numba.cuda.extending import intrinsic, models, register_model
 from numba.cuda.typing.templates import AbstractTemplate, signature
 
-from .formats import (
-    ACCESS,
-    COLUMNS,
-    CONSTANTS,
-    FORMATS,
-    STAGE,
-    SUMS,
-)
+from .formats import ACCESS, CONSTANTS, CREWS, FORMATS, STAGE, THREADS
 
 _BOOL, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _IR = {types.float32: _FLOAT, types.float64: _DOUBLE}
 _COMPUTED = {"float32": types.float32, "float64": types.float64}
 _SHARED = 3  # address space of NVVM
-# What one instruction moves, by its bytes, and the registers that take it.
-_ACCESS = {16: ("v4.b32", 4), 8: ("b64", 1), 4: ("b32", 1), 2: ("b16", 1)}
-_REGISTER = {16: (_I32, "r"), 8: (_I64, "l"), 4: (_I32, "r"), 2: (_I16, "h")}
+# What one instruction moves, by its bytes: suffix, a register that takes it, and its letter.
+_ACCESS = {
+    16: ("v4.b32", _I32, "r"), 8: ("b64", _I64, "l"), 4: ("b32", _I32, "r"), 2: ("b16", _I16, "h")
+}  # fmt: skip
 # Every operation has the same flags wherever it stands, so that the same numbers round alike.
 _FLAGS = ("contract", "nsz")
 
@@ -69,15 +63,22 @@ class Shared(types.Type):
         super().__init__(name="Shared")
 
 
+class Slots(types.Type):
+    """The shared memory in which a block's threads hold what they have loaded, each its own."""
+
+    def __init__(self, there: bool) -> None:
+        self.there = there
+        super().__init__(name=f"Slots({there})")
+
+
 def _vector(kind):
     return ir.VectorType(_IR[kind.dtype], kind.width)
 
 
 def _raw(kind):
     """Give the type of the bits that one access moves."""
-    nbytes = kind.width * kind.format.itemsize
-    register, _ = _REGISTER[nbytes]
-    return ir.VectorType(register, 4) if nbytes == 16 else register
+    _, register, _ = _access(kind)
+    return ir.VectorType(register, 4) if _is_vector(kind) else register
 
 
 @register_model(Global)
@@ -96,6 +97,12 @@ class _LanesModel(models.PrimitiveModel):
 class _PackedModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
         super().__init__(manager, kind, _raw(kind.stored))
+
+
+@register_model(Slots)
+class _SlotsModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.IntType(8).as_pointer(_SHARED))
 
 
 @register_model(Shared)
@@ -388,36 +395,42 @@ def _address(builder, kind, at, index):
     return builder.add(at, builder.shl(index, _I64(shift)))
 
 
-def _load_raw(builder, kind, address):
+def _access(kind):
+    """Give the suffix of what one instruction moves, a register's type, and its letter."""
+    return _ACCESS[kind.width * kind.format.itemsize]
+
+
+def _is_vector(kind):
+    """Whether it takes four registers."""
+    return kind.width * kind.format.itemsize == ACCESS
+
+
+def _load_raw(builder, kind, address, policy):
     """Load the bits of some numbers with one instruction: an integer, or a vector of four."""
-    nbytes = kind.width * kind.format.itemsize
-    suffix, count = _ACCESS[nbytes]
-    register, letter = _REGISTER[nbytes]
-    if count == 1:
-        return _asm(
-            builder, register, [_I64], f"ld.global.{suffix} $0, [$1];", f"={letter},l", [address]
-        )
-    result = ir.LiteralStructType([register] * count)
-    words = _asm(
-        builder, result, [_I64],
-        f"ld.global.{suffix} {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l", [address],
-    )  # fmt: skip
-    raw = ir.Constant(ir.VectorType(register, count), ir.Undefined)
-    for k in range(count):
+    suffix, register, letter = _access(kind)
+    load = f"ld.global.L1::no_allocate.L2::cache_hint.{suffix}"
+    kinds, values = [_I64, _I64], [address, policy]
+    if not _is_vector(kind):
+        return _asm(builder, register, kinds, f"{load} $0, [$1], $2;", f"={letter},l,l", values)
+    result = ir.LiteralStructType([register] * 4)
+    text = f"{load} {{$0, $1, $2, $3}}, [$4], $5;"
+    words = _asm(builder, result, kinds, text, "=r,=r,=r,=r,l,l", values)
+    raw = ir.Constant(ir.VectorType(register, 4), ir.Undefined)
+    for k in range(4):
         raw = builder.insert_element(raw, builder.extract_value(words, k), _I32(k))
     return raw
 
 
-def _store_raw(builder, kind, address, raw):
-    nbytes = kind.width * kind.format.itemsize
-    suffix, count = _ACCESS[nbytes]
-    register, letter = _REGISTER[nbytes]
-    if count == 1:
-        text, constraints, words = f"st.global.{suffix} [$0], $1;", f"l,{letter}", [raw]
+def _store_raw(builder, kind, address, raw, policy):
+    suffix, register, letter = _access(kind)
+    store = f"st.global.L2::cache_hint.{suffix}"
+    if _is_vector(kind):
+        text, constraints = f"{store} [$0], {{$1, $2, $3, $4}}, $5;", "l,r,r,r,r,l"
+        words = [builder.extract_element(raw, _I32(k)) for k in range(4)]
     else:
-        text, constraints = f"st.global.{suffix} [$0], {{$1, $2, $3, $4}};", "l,r,r,r,r"
-        words = [builder.extract_element(raw, _I32(k)) for k in range(count)]
-    _asm(builder, ir.VoidType(), [_I64] + [register] * count, text, constraints, [address, *words])
+        text, constraints, words = f"{store} [$0], $1, $2;", f"l,{letter},l", [raw]
+    kinds = [_I64, *[register] * len(words), _I64]
+    _asm(builder, ir.VoidType(), kinds, text, constraints, [address, *words, policy])
 
 
 def _widened(builder, kind, raw):
@@ -455,14 +468,32 @@ def _rounded(builder, kind, value):
     return builder.bitcast(words, raw_type)
 
 
+def _policy(name):
+    @intrinsic
+    def policy(typing_context):
+        """Say what the L2 cache is to do with a line."""
+
+        def codegen(context, builder, signature, args):
+            text = f"createpolicy.fractional.L2::{name}.b64 $0, 1.0;"
+            return _asm(builder, _I64, [], text, "=l", [])
+
+        return types.int64(), codegen
+
+    return policy
+
+
+# Of what is not read again, and of all else.
+passing, lasting = _policy("evict_first"), _policy("evict_normal")
+
+
 @intrinsic
-def load(typing_context, x, index):
+def load(typing_context, x, index, policy):
     """Load numbers of x from an index on."""
 
     def codegen(context, builder, signature, args):
-        return _load_raw(builder, x, _address(builder, x, *args))
+        return _load_raw(builder, x, _address(builder, x, *args[:2]), args[2])
 
-    return Packed(x)(x, types.int64), codegen
+    return Packed(x)(x, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -487,15 +518,15 @@ def unpack(typing_context, packed):
 
 
 @intrinsic
-def store(typing_context, y, index, lanes):
+def store(typing_context, y, index, lanes, policy):
     """Write numbers of y from an index on."""
 
     def codegen(context, builder, signature, args):
         raw = _rounded(builder, y, args[2])
-        _store_raw(builder, y, _address(builder, y, *args[:2]), raw)
+        _store_raw(builder, y, _address(builder, y, *args[:2]), raw, args[3])
         return context.get_dummy_value()
 
-    return types.void(y, types.int64, lanes), codegen
+    return types.void(y, types.int64, lanes, types.int64), codegen
 
 
 @intrinsic
@@ -522,7 +553,9 @@ def get(typing_context, x, index):
     one = Global(x.format.name, 1)
 
     def codegen(context, builder, signature, args):
-        raw = _load_raw(builder, one, _address(builder, x, *args))
+        suffix, register, letter = _access(one)
+        text, address = f"ld.global.{suffix} $0, [$1];", _address(builder, x, *args)
+        raw = _asm(builder, register, [_I64], text, f"={letter},l", [address])
         return builder.extract_element(_widened(builder, one, raw), _I32(0))
 
     return x.computed(x, types.int64), codegen
@@ -535,8 +568,10 @@ def put(typing_context, y, index, value):
 
     def codegen(context, builder, signature, args):
         value = _spread(builder, args[2], ir.VectorType(_IR[y.computed], 1))
-        raw = _rounded(builder, one, value)
-        _store_raw(builder, one, _address(builder, y, *args[:2]), raw)
+        raw, address = _rounded(builder, one, value), _address(builder, y, *args[:2])
+        suffix, register, letter = _access(one)
+        text, kinds = f"st.global.{suffix} [$0], $1;", [_I64, register]
+        _asm(builder, ir.VoidType(), kinds, text, f"l,{letter}", [address, raw])
         return context.get_dummy_value()
 
     return types.void(y, types.int64, y.computed), codegen
@@ -651,6 +686,41 @@ def arrive(typing_context, counters, index, last):
     return types.int64(counters, types.int64, types.int64), codegen
 
 
+@intrinsic
+def awaited(typing_context, counters, index):
+    """Whether a block has yet to arrive; once none has, what they wrote before is seen."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.add(args[0], builder.shl(args[1], _I64(2)))
+        text = "ld.acquire.gpu.global.u32 $0, [$1];"
+        count = _asm(builder, _I32, [_I64], text, "=r,l", [address])
+        return builder.icmp_unsigned("!=", count, _I32(0))
+
+    return types.boolean(counters, types.int64), codegen
+
+
+@intrinsic
+def pause(typing_context):
+    """Leave the multiprocessor to others for a moment."""
+
+    def codegen(context, builder, signature, args):
+        _asm(builder, ir.VoidType(), [], "nanosleep.u32 32;", "", [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Fetch what lies at an address, which need not be waited for."""
+
+    def codegen(context, builder, signature, args):
+        _asm(builder, ir.VoidType(), [_I64], "prefetch.global.L1 [$0];", "l", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 # What a block shares.
 
 
@@ -673,7 +743,81 @@ def _shared(count):
     return shared
 
 
-shared_sums, shared_constants, shared_lanes = map(_shared, (SUMS, COLUMNS * CONSTANTS, STAGE))
+shared_sums = _shared(THREADS)
+shared_lanes = _shared(STAGE)
+shared_constants = _shared(CREWS * CONSTANTS)
+
+
+@intrinsic
+def slots(typing_context):
+    """Give the shared memory that a launch has asked for."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.ArrayType(ir.IntType(8), 0)
+        memory = ir.GlobalVariable(builder.module, kind, "slots", addrspace=_SHARED)
+        memory.linkage = "external"
+        memory.align = ACCESS
+        return builder.bitcast(memory, ir.IntType(8).as_pointer(_SHARED))
+
+    return Slots(True)(), codegen
+
+
+@intrinsic
+def no_slots(typing_context):
+    """Give none: what was loaded is loaded again."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(8).as_pointer(_SHARED), ir.Undefined)
+
+    return Slots(False)(), codegen
+
+
+@intrinsic
+def holds(typing_context, slots):
+    """Whether what was loaded is kept."""
+
+    def codegen(context, builder, signature, args):
+        return _BOOL(slots.there)
+
+    return types.boolean(slots), codegen
+
+
+def _slot(builder, kind, memory, index):
+    """Where a thread keeps an access: beside its neighbours', so that no bank has two."""
+    nbytes = kind.width * kind.format.itemsize
+    side = _asm(builder, _I32, [], "mov.u32 $0, %tid.x;", "=r", [])
+    at = builder.add(builder.mul(builder.trunc(index, _I32), _I32(THREADS)), side)
+    at = builder.mul(at, _I32(nbytes))
+    slot = builder.gep(memory, [at], source_etype=ir.IntType(8))
+    return builder.bitcast(slot, _raw(kind).as_pointer(_SHARED)), nbytes
+
+
+@intrinsic
+def keep(typing_context, slots, index, packed):
+    """Put what was loaded into a slot of the thread's own."""
+    x = packed.stored
+
+    def codegen(context, builder, signature, args):
+        memory, index, raw = args
+        if slots.there:
+            slot, nbytes = _slot(builder, x, memory, index)
+            builder.store(raw, slot, align=nbytes)
+        return context.get_dummy_value()
+
+    return types.void(slots, types.int64, packed), codegen
+
+
+@intrinsic
+def kept(typing_context, slots, index, x):
+    """Give what a slot holds."""
+
+    def codegen(context, builder, signature, args):
+        if not slots.there:
+            return ir.Constant(_raw(x), ir.Undefined)
+        slot, nbytes = _slot(builder, x, *args[:2])
+        return builder.load(slot, align=nbytes, typ=_raw(x))
+
+    return Packed(x)(slots, types.int64, x), codegen
 
 
 @intrinsic

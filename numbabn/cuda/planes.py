@@ -1,9 +1,9 @@
 """Kernels for planes: x is ``[N, C, S]``, with the channel outside of the places.
 
-A channel is cut into pieces: some planes, or some places of one. A block takes a piece at a time;
-its threads lie side by side along the places, and below one another along the planes. The sums of
-a piece, and how those of all pieces are put together, depend on nothing that `schedule` leaves to
-the GPU.
+A channel is cut into pieces: some planes, or some places of one. A crew takes a piece at a time,
+which is all threads of a block, or a warp where a channel has no more for it; they lie side by side
+along the places, and below one another along the planes. The sums of a piece, and how those of all
+pieces are put together, depend on nothing that `schedule` leaves to the GPU.
 """
 
 import numpy as np
@@ -12,23 +12,29 @@ from .sweep import (
     Piece,
     Place,
     index_of,
+    loaded_dy_x,
+    loaded_x,
     thread_moments,
     thread_products,
     write_gradient,
     write_normalized,
 )
 from .target import (
+    any_of,
     barrier,
     block,
     blocks,
     device,
     finite_or_zero,
     get,
+    lasting,
     median,
-    put,
+    no_slots,
+    passing,
     quotient,
     shared_constants,
     shared_sums,
+    slots,
     spread,
     thread,
     threads,
@@ -39,49 +45,83 @@ from .target import (
 )
 from .vector import (
     AS_IT_IS,
+    Partials,
+    about_mean,
     affine,
     attempt_for,
-    block_sum,
     counts,
-    finish_moments,
-    finish_products,
+    crew_sum,
+    fetch_parameters,
     gradient_affine,
-    is_last,
+    inverse,
+    merged_moments,
+    merged_products,
     normal,
+    put_moments,
+    put_products,
+    save_moments,
+    save_products,
     scale_of,
     set_affine,
+    set_given_affine,
     set_gradient_affine,
     set_normal,
     squares,
     totals,
+    wait_for_all,
     whole_words,
 )
 
 
 @device
-def _corner(shape, piece):
-    """First plane and place of a piece of any channel."""
-    plane = quotient(piece, shape.per_plane)
-    return Place(plane * shape.planes, (piece - plane * shape.per_plane) * shape.places)
+def _crew(shape):
+    """Which of a block's crews a thread is of."""
+    return thread() >> shape.crew
 
 
 @device
-def _size(shape, piece):
+def _crews(shape):
+    """How many crews a block has."""
+    return threads() >> shape.crew
+
+
+@device
+def _channel(shape, group):
+    """Which channel a crew takes; of the last group, it may lie beyond the end."""
+    return group * _crews(shape) + _crew(shape)
+
+
+@device
+def _leads(shape, c):
+    """Whether a thread is the one that does what a channel takes once."""
+    return thread() & ((1 << shape.crew) - 1) == 0 and c < shape.C
+
+
+@device
+def _corner(shape, index):
+    """First plane and place of a piece of any channel."""
+    plane = quotient(index, shape.per_plane)
+    return Place(plane * shape.planes, (index - plane * shape.per_plane) * shape.places)
+
+
+@device
+def _size(shape, index):
     """How many numbers a piece has."""
-    first = _corner(shape, piece)
+    first = _corner(shape, index)
     n_end, s_end = min(first.n + shape.planes, shape.N), min(first.s + shape.places, shape.S)
     return np.float64((n_end - first.n) * (s_end - first.s))
 
 
 @device
-def _piece(x, shape, c, piece):
-    first = _corner(shape, piece)
-    t = thread()
+def _piece(x, shape, c, index):
+    first = _corner(shape, index)
+    t = thread() & ((1 << shape.crew) - 1)
     side = t & ((1 << shape.across) - 1)
+    n_end = min(first.n + shape.planes, shape.N) if c < shape.C else 0
     s_end = min(first.s + shape.places, shape.S)
     return Piece(
         False, c, shape.C,
-        first.n + (t >> shape.across), min(first.n + shape.planes, shape.N), shape.below,
+        first.n + (t >> shape.across), n_end, shape.below,
         first.s + side * width(x), s_end, width(x) << shape.across, s_end + side * width(x),
     )  # fmt: skip
 
@@ -92,186 +132,188 @@ def _piece(x, shape, c, piece):
 @device
 def _anchor(x, piece, first):
     """Choose a number that is none of the piece's extremes: of three, the middle one."""
+    none = zeros(x.at)
+    if piece.c >= piece.c_end:
+        return none
     last = Place(min(first.n + piece.n_step, piece.n_end) - 1, piece.s_end - 1)
     middle = Place((first.n + last.n) >> 1, (first.s + last.s) >> 1)
     a, b = get(x.at, index_of(x, piece, first)), get(x.at, index_of(x, piece, middle))
     c = get(x.at, index_of(x, piece, last))
-    none = zeros(x.at)
     return finite_or_zero(median(none + a, none + b, none + c))
 
 
 @device
-def _piece_moments(x, shape, c, index, sums):
-    """Take mean and M2 of a piece, known to every thread."""
+def _piece_moments(x, shape, c, index, sums, held, policy):
+    """Take mean and M2 of a piece, known to every thread of its crew, and hold it."""
     piece = _piece(x.at, shape, c, index)
     anchor = _anchor(x, piece, _corner(shape, index))
-    size = _size(shape, index)
+    size, crew = _size(shape, index), 1 << shape.crew
     shift = m2 = 0.0
     attempt = AS_IT_IS
     for _ in range(2):
         scale = scale_of(x.at, attempt)
-        held = thread_moments(x, piece, shape.rounds, anchor, scale)
-        near = block_sum(total(totals(held, scale)), sums) / size
-        around = block_sum(total(squares(held, scale, spread(x.at, near))), sums)
+        moments, turns = thread_moments(x, piece, shape.rounds, anchor, scale, held, policy)
+        near = crew_sum(total(totals(moments, scale)), sums, crew) / size
+        around = crew_sum(total(squares(moments, scale, spread(x.at, near))), sums, crew)
         if counts(attempt, around):
             shift, m2 = near, around
         attempt = attempt_for(x.at, m2)
-        if attempt == AS_IT_IS:
+        if not any_of(attempt != AS_IT_IS):
             break
-    return total(wide(anchor)) / np.float64(width(x.at)) + shift, m2
-
-
-@device
-def _sum_moments(x, memory, shape, c, index, sums):
-    """Put a piece's count, mean and M2 where its channel's are: [3, C, pieces]."""
-    mean, m2 = _piece_moments(x, shape, c, index, sums)
-    if thread() == 0:
-        at, half = c * shape.pieces + index, shape.C * shape.pieces
-        put(memory.partials, at, _size(shape, index))
-        put(memory.partials, at + half, mean)
-        put(memory.partials, at + 2 * half, m2)
-
-
-@device
-def _finish_statistics(memory, parameters, settings, shape, c, sums):
-    """Put the moments of a channel's pieces together; save the channel's."""
-    first, end, half = c * shape.pieces, (c + 1) * shape.pieces, shape.C * shape.pieces
-    pivot = get(memory.partials, first + half)
-    pivot = pivot if pivot - pivot == 0.0 else 0.0
-    far = 0.0
-    for at in range(first + thread(), end, threads()):
-        far += (get(memory.partials, at + half) - pivot) * get(memory.partials, at)
-    count = np.float64(shape.N * shape.S)
-    mean = pivot + block_sum(far, sums) / count
-    m2 = 0.0
-    for at in range(first + thread(), end, threads()):
-        off = get(memory.partials, at + half) - mean
-        m2 += get(memory.partials, at + 2 * half) + off * off * get(memory.partials, at)
-    m2 = block_sum(m2, sums)
-    if thread() == 0:
-        finish_moments(c, count, mean, m2, parameters, settings)
+    return total(wide(anchor)) / np.float64(width(x.at)) + shift, m2, turns
 
 
 def statistics_planes(x, parameters, settings, memory, shape):
-    """Take statistics, a block for each piece; the last one of a channel puts them together."""
+    """Take statistics of each piece; save them where it is all of its channel."""
     sums = shared_sums()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
-        c = quotient(task, shape.pieces)
-        _sum_moments(x, memory, shape, c, task - c * shape.pieces, sums)
-        if is_last(memory.counters, c, shape.pieces, sums):
-            _finish_statistics(memory, parameters, settings, shape, c, sums)
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        policy = lasting() if task >= shape.lasting else passing()
+        mean, m2, _ = _piece_moments(x, shape, c, index, sums, no_slots(), policy)
+        if _leads(shape, c):
+            size = _size(shape, index)
+            if shape.pieces == 1:
+                save_moments(c, size, mean, m2, parameters, settings)
+            else:
+                put_moments(memory, shape, c, index, size, mean, m2)
 
 
 # Normalize.
 
 
 @device
-def _normalize_piece(maps, parameters, settings, shape, c, index, constants):
+def _write_y(maps, settings, shape, c, index, held, constants, reads, writes):
     kind = maps.x.at
-    piece = _piece(kind, shape, c, index)
-    barrier()
-    if thread() == 0:
-        set_affine(kind, c, parameters, settings, constants, 0, 1)
-    barrier()
-    lanes = affine(kind, constants, 0, 0, 1)
+    lanes = affine(kind, constants, _crew(shape), 0, _crews(shape))
     together = whole_words(kind, maps.mask.at, maps.mask.ds, shape.across)
-    write_normalized(maps, piece, shape.rounds, lanes, settings.rectify != 0, together)
+    piece = _piece(kind, shape, c, index)
+    rectify = settings.rectify != 0
+    write_normalized(maps, piece, shape.rounds, held, lanes, rectify, together, reads, writes)
 
 
 def normalize_planes(maps, parameters, settings, shape):
     """Normalize by given statistics: saved ones, or in inference the running ones."""
     constants = shared_constants()
+    tasks = shape.groups * shape.pieces
+    reads, writes = passing(), lasting() if shape.lasting < 0 else passing()
+    for turn in range(block(), tasks, blocks()):
+        task = turn if shape.lasting < 0 else tasks - 1 - turn
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        held = loaded_x(maps.x, _piece(maps.x.at, shape, c, index), no_slots(), reads)
+        barrier()
+        if _leads(shape, c):
+            place, step = _crew(shape), _crews(shape)
+            set_given_affine(maps.x.at, c, parameters, settings, constants, place, step)
+        barrier()
+        _write_y(maps, settings, shape, c, index, held, constants, reads, writes)
+
+
+def forward_planes(maps, parameters, settings, memory, shape):
+    """Take statistics and normalize what was held; blocks of a channel wait for one another."""
+    sums, constants, held = shared_sums(), shared_constants(), slots()
+    kind = maps.x.at
     for task in range(block(), shape.groups * shape.pieces, blocks()):
-        c = quotient(task, shape.pieces)
-        _normalize_piece(maps, parameters, settings, shape, c, task - c * shape.pieces, constants)
-
-
-def forward_planes(maps, parameters, settings, shape):
-    """Take statistics and normalize, a block for each channel, which is one piece."""
-    sums, constants = shared_sums(), shared_constants()
-    for c in range(block(), shape.groups, blocks()):
-        mean, m2 = _piece_moments(maps.x, shape, c, 0, sums)
-        if thread() == 0:
-            finish_moments(c, _size(shape, 0), mean, m2, parameters, settings)
-        _normalize_piece(maps, parameters, settings, shape, c, 0, constants)
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        if _leads(shape, c):
+            fetch_parameters(c, parameters)
+        mean, m2, turns = _piece_moments(maps.x, shape, c, index, sums, held, passing())
+        if shape.pieces > 1:
+            if thread() == 0:
+                put_moments(memory, shape, c, index, _size(shape, index), mean, m2)
+            wait_for_all(memory.counters, c, shape.pieces)
+            mean, m2 = merged_moments(memory, shape, Partials(c, True, 0), sums)
+        count = np.float64(shape.N * shape.S)
+        barrier()
+        if _leads(shape, c):
+            invstd = inverse(m2 / count, settings.eps)
+            place, step = _crew(shape), _crews(shape)
+            set_affine(kind, c, mean, invstd, parameters, constants, place, step)
+        barrier()
+        if _leads(shape, c) and index == 0:
+            save_moments(c, count, mean, m2, parameters, settings)
+        _write_y(maps, settings, shape, c, index, turns, constants, passing(), lasting())
 
 
 # Backward.
 
 
 @device
-def _piece_products(maps, gradients, shape, c, index, sums, constants):
-    """Sum dy and its products of a piece, known to every thread."""
-    piece = _piece(maps.x.at, shape, c, index)
+def _piece_products(maps, gradients, shape, c, index, sums, constants, held, policy):
+    """Sum dy and its products of a piece, known to every thread of its crew, and hold it."""
+    kind, place, step = maps.x.at, _crew(shape), _crews(shape)
     barrier()
-    if thread() == 0:
-        set_normal(maps.x.at, piece.c, gradients, constants, 0, 1)
+    if _leads(shape, c):
+        set_normal(kind, c, gradients, constants, place, step)
     barrier()
-    held = thread_products(maps, piece, shape.rounds, normal(maps.x.at, constants, 0, 0, 1))
-    dy = block_sum(total(wide(held.dy)), sums)
-    return dy, block_sum(total(wide(held.dy_x)), sums)
-
-
-@device
-def _sum_products(maps, gradients, memory, shape, c, index, sums, constants):
-    """Put a piece's products where its channel's are: [2, C, pieces]."""
-    dy, dy_x = _piece_products(maps, gradients, shape, c, index, sums, constants)
-    if thread() == 0:
-        at = c * shape.pieces + index
-        put(memory.partials, at, dy)
-        put(memory.partials, at + shape.C * shape.pieces, dy_x)
-
-
-@device
-def _finish_products(kind, memory, gradients, shape, c, sums):
-    """Put the products of a channel's pieces together; save the channel's."""
-    first, half = c * shape.pieces, shape.C * shape.pieces
-    dy = dy_x = 0.0
-    for piece in range(thread(), shape.pieces, threads()):
-        dy += get(memory.partials, first + piece)
-        dy_x += get(memory.partials, half + first + piece)
-    dy, dy_x = block_sum(dy, sums), block_sum(dy_x, sums)
-    if thread() == 0:
-        finish_products(kind, c, dy, dy_x, gradients, memory.sums, shape.C)
+    lanes = normal(kind, constants, place, 0, step)
+    piece, crew = _piece(kind, shape, c, index), 1 << shape.crew
+    products, turns = thread_products(maps, piece, shape.rounds, lanes, held, policy)
+    dy = crew_sum(total(wide(products.dy)), sums, crew)
+    return dy, crew_sum(total(wide(products.dy_x)), sums, crew), turns
 
 
 def products_planes(maps, gradients, memory, shape):
-    """Sum for the gradients by weight and bias, a block for each piece, as for statistics."""
+    """Sum for the gradients by weight and bias, of each piece."""
     sums, constants = shared_sums(), shared_constants()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
-        c = quotient(task, shape.pieces)
-        _sum_products(maps, gradients, memory, shape, c, task - c * shape.pieces, sums, constants)
-        if is_last(memory.counters, c, shape.pieces, sums):
-            _finish_products(maps.x.at, memory, gradients, shape, c, sums)
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        policy = lasting() if task >= shape.lasting else passing()
+        dy, dy_x, _ = _piece_products(
+            maps, gradients, shape, c, index, sums, constants, no_slots(), policy
+        )
+        if _leads(shape, c):
+            put_products(memory, shape, c, index, dy, dy_x)
 
 
 @device
-def _gradient_piece(maps, gradients, training, memory, shape, c, index, constants):
-    kind = maps.x.at
-    piece = _piece(kind, shape, c, index)
+def _write_dx(maps, gradients, training, shape, c, index, dy, dy_x, held, constants, writes):
+    """Write dx from the sums of a channel, which its crew's leader has."""
+    kind, place, step = maps.x.at, _crew(shape), _crews(shape)
     barrier()
-    if thread() == 0:
+    if _leads(shape, c):
         count = np.float64(shape.N * shape.S)
-        set_gradient_affine(kind, piece.c, count, gradients, memory.sums, shape.C, constants, 0, 1)
+        set_gradient_affine(kind, c, count, dy, dy_x, gradients, constants, place, step)
     barrier()
-    lanes = gradient_affine(kind, constants, 0, 0, 1)
-    write_gradient(maps, piece, shape.rounds, lanes, training != 0)
+    lanes = gradient_affine(kind, constants, place, 0, step)
+    piece = _piece(kind, shape, c, index)
+    write_gradient(maps, piece, shape.rounds, held, lanes, training != 0, passing(), writes)
 
 
 def gradient_planes(maps, gradients, training, memory, shape):
-    """Write dx and dresidual from what `products_planes` has summed."""
+    """Write dx and dresidual from what `products_channels` has put together."""
     constants = shared_constants()
-    for task in range(block(), shape.groups * shape.pieces, blocks()):
-        c = quotient(task, shape.pieces)
-        piece = task - c * shape.pieces
-        _gradient_piece(maps, gradients, training, memory, shape, c, piece, constants)
+    tasks = shape.groups * shape.pieces
+    for turn in range(block(), tasks, blocks()):
+        task = tasks - 1 - turn
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        held = loaded_dy_x(maps, _piece(maps.x.at, shape, c, index), no_slots(), passing())
+        dy = dy_x = 0.0
+        if _leads(shape, c):
+            dy, dy_x = get(memory.sums, c), get(memory.sums, shape.C + c)
+        _write_dx(maps, gradients, training, shape, c, index, dy, dy_x, held, constants, passing())
 
 
 def backward_planes(maps, gradients, training, memory, shape):
-    """Sum and write dx, a block for each channel, which is one piece."""
-    sums, constants = shared_sums(), shared_constants()
-    for c in range(block(), shape.groups, blocks()):
-        dy, dy_x = _piece_products(maps, gradients, shape, c, 0, sums, constants)
-        if thread() == 0:
-            finish_products(maps.x.at, c, dy, dy_x, gradients, memory.sums, shape.C)
-        _gradient_piece(maps, gradients, training, memory, shape, c, 0, constants)
+    """Sum, and write dx from what was held; blocks of a channel wait for one another."""
+    sums, constants, held = shared_sums(), shared_constants(), slots()
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        group = quotient(task, shape.pieces)
+        c, index = _channel(shape, group), task - group * shape.pieces
+        dy, dy_x, turns = _piece_products(
+            maps, gradients, shape, c, index, sums, constants, held, passing()
+        )
+        if shape.pieces > 1:
+            if thread() == 0:
+                put_products(memory, shape, c, index, dy, dy_x)
+            wait_for_all(memory.counters, c, shape.pieces)
+            dy, dy_x = merged_products(memory, shape, Partials(c, True, 0), sums)
+        if _leads(shape, c):
+            dy_x = about_mean(maps.x.at, c, dy, dy_x, gradients)
+            if index == 0:
+                save_products(c, dy, dy_x, gradients)
+        _write_dx(maps, gradients, training, shape, c, index, dy, dy_x, turns, constants, lasting())

@@ -14,6 +14,8 @@ from .sweep import (
     Piece,
     Place,
     load_at,
+    loaded_dy_x,
+    loaded_x,
     thread_moments,
     thread_products,
     write_gradient,
@@ -28,14 +30,16 @@ from .target import (
     device,
     finite_or_zero,
     get,
+    lasting,
     median,
+    no_slots,
+    passing,
     put,
     quotient,
-    shared_constants,
     shared_lanes,
+    slots,
     spread,
     thread,
-    threads,
     total,
     unpack,
     wide,
@@ -43,23 +47,32 @@ from .target import (
 )
 from .vector import (
     AS_IT_IS,
+    Partials,
+    about_mean,
     affine,
     attempt_for,
     by_lanes,
     column_sum,
     counts,
-    finish_moments,
-    finish_products,
+    fetch_parameters,
     gradient_affine,
-    is_last,
+    inverse,
+    merged_moments,
+    merged_products,
     normal,
+    put_moments,
+    put_products,
+    save_moments,
+    save_products,
     scale_of,
     set_affine,
+    set_given_affine,
     set_gradient_affine,
     set_normal,
     squares,
     staged,
     totals,
+    wait_for_all,
     whole_words,
 )
 
@@ -114,16 +127,11 @@ def _piece(x, shape, group, index):
 
 
 @device
-def _partial(x, shape, group, index):
-    """Where a piece leaves the first of what it sums of a thread's column: [3, pieces, columns]."""
-    columns = _columns(x, shape)
-    return (index * shape.groups + group) * columns + (thread() & (columns - 1))
-
-
-@device
-def _apart(x, shape):
-    """How far from it the next lies."""
-    return shape.pieces * shape.groups * _columns(x, shape)
+def _shared_column(shape, group, columns, index, turn):
+    """Which channel a thread puts together for all of a group's blocks, if there is one."""
+    column = index + shape.pieces * (turn + (thread() & ((1 << shape.beside) - 1)))
+    c = group * columns + column
+    return Partials(c, column < columns and c < shape.C, shape.beside)
 
 
 # Statistics.
@@ -141,9 +149,8 @@ def _anchor_rows(shape, index):
 def _anchor(x, shape, piece, index):
     """Choose a number of each column that is none of its extremes: of three, the middle one."""
     p, q, r = _anchor_rows(shape, index)
-    there = piece.c < piece.c_end
-    a, b = unpack(load_at(x, piece, p, there)), unpack(load_at(x, piece, q, there))
-    return finite_or_zero(median(a, b, unpack(load_at(x, piece, r, there))))
+    a, b = unpack(load_at(x, piece, p, lasting())), unpack(load_at(x, piece, q, lasting()))
+    return finite_or_zero(median(a, b, unpack(load_at(x, piece, r, lasting()))))
 
 
 @device
@@ -162,199 +169,215 @@ def _pivot(x, shape, group, index):
 
 
 @device
-def _piece_moments(x, shape, group, index, stage):
-    """Take mean and M2 of a thread's column of a piece."""
+def _piece_moments(x, shape, group, index, stage, held, policy):
+    """Take mean and M2 of a thread's column of a piece, and hold it."""
     piece, columns = _piece(x.at, shape, group, index), _columns(x.at, shape)
     shift = m2 = 0.0
     wanted = AS_IT_IS  # by the thread's column
     for attempt in range(3):
         scale = scale_of(x.at, attempt)
         anchor = _anchor(x, shape, piece, anew(index))  # else its places take registers
-        held = thread_moments(x, piece, shape.rounds, anchor, scale)
-        far = column_sum(staged(totals(held, scale), stage), stage, columns)
+        moments, turns = thread_moments(x, piece, shape.rounds, anchor, scale, held, policy)
+        far = column_sum(staged(totals(moments, scale), stage), stage, columns)
         near = far / _size(shape, index)
         shifts = by_lanes(x.at, near, stage, columns, _lane_column(x.at, shape))
-        around = column_sum(staged(squares(held, scale, shifts), stage), stage, columns)
+        around = column_sum(staged(squares(moments, scale, shifts), stage), stage, columns)
         if attempt == wanted and counts(attempt, around):
             shift, m2 = near, around
         if attempt == AS_IT_IS:
             wanted = attempt_for(x.at, m2)
         if not any_of(wanted > attempt):
             break
-    return _pivot(x, shape, group, index) + shift, m2
-
-
-@device
-def _sum_moments(x, memory, shape, group, index, stage):
-    """Put count, mean and M2 of a piece's columns where those of their channels are."""
-    mean, m2 = _piece_moments(x, shape, group, index, stage)
-    if thread() < _columns(x.at, shape):
-        at, apart = _partial(x.at, shape, group, index), _apart(x.at, shape)
-        put(memory.partials, at, _size(shape, index))
-        put(memory.partials, at + apart, mean)
-        put(memory.partials, at + 2 * apart, m2)
-
-
-@device
-def _finish_statistics(x, memory, parameters, settings, shape, group, stage):
-    """Put the moments of a group's pieces together; save those of its channels."""
-    columns, apart, partials = _columns(x, shape), _apart(x, shape), memory.partials
-    part, parts = quotient(thread(), columns), quotient(threads(), columns)
-    pivot = get(partials, _partial(x, shape, group, 0) + apart)
-    pivot = pivot if pivot - pivot == 0.0 else 0.0
-    far = 0.0
-    for index in range(part, shape.pieces, parts):
-        at = _partial(x, shape, group, index)
-        far += (get(partials, at + apart) - pivot) * get(partials, at)
-    count = np.float64(shape.N * shape.S)
-    mean = pivot + column_sum(far, stage, columns) / count
-    m2 = 0.0
-    for index in range(part, shape.pieces, parts):
-        at = _partial(x, shape, group, index)
-        off = get(partials, at + apart) - mean
-        m2 += get(partials, at + 2 * apart) + off * off * get(partials, at)
-    m2 = column_sum(m2, stage, columns)
-    if _has_channel(x, shape, group):
-        finish_moments(_channel(x, shape, group), count, mean, m2, parameters, settings)
+    return _pivot(x, shape, group, anew(index)) + shift, m2, turns
 
 
 def statistics_rows(x, parameters, settings, memory, shape):
-    """Take statistics, a block for each piece; the last one of a group puts them together."""
+    """Take statistics of each piece; save them where it is all of its channels."""
     stage = shared_lanes()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         group = quotient(task, shape.pieces)
-        _sum_moments(x, memory, shape, group, task - group * shape.pieces, stage)
-        if is_last(memory.counters, group, shape.pieces, stage):
-            _finish_statistics(x.at, memory, parameters, settings, shape, group, stage)
+        index = task - group * shape.pieces
+        policy = lasting() if task >= shape.lasting else passing()
+        mean, m2, _ = _piece_moments(x, shape, group, index, stage, no_slots(), policy)
+        if _has_channel(x.at, shape, group):
+            c, size = _channel(x.at, shape, group), _size(shape, index)
+            if shape.pieces == 1:
+                save_moments(c, size, mean, m2, parameters, settings)
+            else:
+                put_moments(memory, shape, c, index, size, mean, m2)
 
 
 # Normalize.
 
 
 @device
-def _normalize_piece(maps, parameters, settings, shape, group, index, constants):
+def _write_y(maps, settings, shape, group, index, held, stage, reads, writes):
     kind = maps.x.at
-    columns = _columns(kind, shape)
+    lanes = affine(kind, stage, _lane_column(kind, shape), 1, _columns(kind, shape))
     barrier()
-    if _has_channel(kind, shape, group):
-        c = _channel(kind, shape, group)
-        set_affine(kind, c, parameters, settings, constants, thread(), columns)
-    barrier()
-    lanes = affine(kind, constants, _lane_column(kind, shape), 1, columns)
     together = whole_words(kind, maps.mask.at, maps.mask.dc, shape.across)
     piece = _piece(kind, shape, group, index)
-    write_normalized(maps, piece, shape.rounds, lanes, settings.rectify != 0, together)
+    rectify = settings.rectify != 0
+    write_normalized(maps, piece, shape.rounds, held, lanes, rectify, together, reads, writes)
 
 
 def normalize_rows(maps, parameters, settings, shape):
     """Normalize by given statistics: saved ones, or in inference the running ones."""
-    constants = shared_constants()
+    stage, kind = shared_lanes(), maps.x.at
+    tasks = shape.groups * shape.pieces
+    reads, writes = passing(), lasting() if shape.lasting < 0 else passing()
+    for turn in range(block(), tasks, blocks()):
+        task = turn if shape.lasting < 0 else tasks - 1 - turn
+        group = quotient(task, shape.pieces)
+        index = task - group * shape.pieces
+        held = loaded_x(maps.x, _piece(kind, shape, group, index), no_slots(), reads)
+        if _has_channel(kind, shape, group):
+            c, step = _channel(kind, shape, group), _columns(kind, shape)
+            set_given_affine(kind, c, parameters, settings, stage, thread(), step)
+        barrier()
+        _write_y(maps, settings, shape, group, index, held, stage, reads, writes)
+
+
+@device
+def _share_moments(x, parameters, settings, memory, shape, group, index, stage):
+    """Let each of a group's blocks put together some of its columns, and give all to all."""
+    side = 1 << shape.beside
+    wait_for_all(memory.counters, 2 * group, shape.pieces)
+    for turn in range(0, shape.share, side):
+        own = _shared_column(shape, group, _columns(x, shape), index, turn)
+        mean, m2 = merged_moments(memory, shape, own, stage)
+        if thread() < side and own.valid:
+            put(memory.sums, own.c, mean)
+            put(memory.sums, shape.C + own.c, m2)
+            save_moments(own.c, np.float64(shape.N * shape.S), mean, m2, parameters, settings)
+    wait_for_all(memory.counters, 2 * group + 1, shape.pieces)
+
+
+def forward_rows(maps, parameters, settings, memory, shape):
+    """Take statistics and normalize what was held; blocks of a group wait for one another."""
+    stage, held = shared_lanes(), slots()
+    kind = maps.x.at
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         group = quotient(task, shape.pieces)
         index = task - group * shape.pieces
-        _normalize_piece(maps, parameters, settings, shape, group, index, constants)
-
-
-def forward_rows(maps, parameters, settings, shape):
-    """Take statistics and normalize, a block for each group of channels, which is one piece."""
-    stage, constants = shared_lanes(), shared_constants()
-    kind = maps.x.at
-    for group in range(block(), shape.groups, blocks()):
-        mean, m2 = _piece_moments(maps.x, shape, group, 0, stage)
-        if _has_channel(kind, shape, group):
-            c = _channel(kind, shape, group)
-            finish_moments(c, _size(shape, 0), mean, m2, parameters, settings)
-        _normalize_piece(maps, parameters, settings, shape, group, 0, constants)
+        c, there = _channel(kind, shape, group), _has_channel(kind, shape, group)
+        if there:
+            fetch_parameters(c, parameters)
+        mean, m2, turns = _piece_moments(maps.x, shape, group, index, stage, held, passing())
+        if shape.pieces > 1:
+            if there:
+                put_moments(memory, shape, c, index, _size(shape, index), mean, m2)
+            _share_moments(kind, parameters, settings, memory, shape, group, index, stage)
+            if there:
+                mean, m2 = get(memory.sums, c), get(memory.sums, shape.C + c)
+        count = np.float64(shape.N * shape.S)
+        if there:
+            step, invstd = _columns(kind, shape), inverse(m2 / count, settings.eps)
+            set_affine(kind, c, mean, invstd, parameters, stage, thread(), step)
+        barrier()
+        if there and shape.pieces == 1:
+            save_moments(c, count, mean, m2, parameters, settings)
+        _write_y(maps, settings, shape, group, index, turns, stage, passing(), lasting())
 
 
 # Backward.
 
 
 @device
-def _piece_products(maps, gradients, shape, group, index, stage, constants):
-    """Sum dy, and its product with x, of a thread's column of a piece."""
+def _piece_products(maps, gradients, shape, group, index, stage, held, policy):
+    """Sum dy, and its product with x, of a thread's column of a piece, and hold it."""
     kind = maps.x.at
     columns = _columns(kind, shape)
-    barrier()
     if _has_channel(kind, shape, group):
-        set_normal(kind, _channel(kind, shape, group), gradients, constants, thread(), columns)
+        set_normal(kind, _channel(kind, shape, group), gradients, stage, thread(), columns)
     barrier()
-    lanes = normal(kind, constants, _lane_column(kind, shape), 1, columns)
+    lanes = normal(kind, stage, _lane_column(kind, shape), 1, columns)
+    barrier()
     piece = _piece(kind, shape, group, index)
-    held = thread_products(maps, piece, shape.rounds, lanes)
-    dy = column_sum(staged(wide(held.dy), stage), stage, columns)
-    return dy, column_sum(staged(wide(held.dy_x), stage), stage, columns)
-
-
-@device
-def _sum_products(maps, gradients, memory, shape, group, index, stage, constants):
-    """Put the products of a piece's columns where those of their channels are."""
-    kind = maps.x.at
-    dy, dy_x = _piece_products(maps, gradients, shape, group, index, stage, constants)
-    if thread() < _columns(kind, shape):
-        at = _partial(kind, shape, group, index)
-        put(memory.partials, at, dy)
-        put(memory.partials, at + _apart(kind, shape), dy_x)
-
-
-@device
-def _finish_products(x, memory, gradients, shape, group, stage):
-    """Put the products of a group's pieces together; save those of its channels."""
-    columns, apart = _columns(x, shape), _apart(x, shape)
-    dy = dy_x = 0.0
-    for index in range(quotient(thread(), columns), shape.pieces, quotient(threads(), columns)):
-        at = _partial(x, shape, group, index)
-        dy += get(memory.partials, at)
-        dy_x += get(memory.partials, at + apart)
-    dy, dy_x = column_sum(dy, stage, columns), column_sum(dy_x, stage, columns)
-    if _has_channel(x, shape, group):
-        c = _channel(x, shape, group)
-        finish_products(x, c, dy, dy_x, gradients, memory.sums, shape.C)
+    products, turns = thread_products(maps, piece, shape.rounds, lanes, held, policy)
+    dy = column_sum(staged(wide(products.dy), stage), stage, columns)
+    return dy, column_sum(staged(wide(products.dy_x), stage), stage, columns), turns
 
 
 def products_rows(maps, gradients, memory, shape):
-    """Sum for the gradients by weight and bias, a block for each piece, as for statistics."""
-    stage, constants = shared_lanes(), shared_constants()
+    """Sum for the gradients by weight and bias, of each piece."""
+    stage = shared_lanes()
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         group = quotient(task, shape.pieces)
         index = task - group * shape.pieces
-        _sum_products(maps, gradients, memory, shape, group, index, stage, constants)
-        if is_last(memory.counters, group, shape.pieces, stage):
-            _finish_products(maps.x.at, memory, gradients, shape, group, stage)
+        policy = lasting() if task >= shape.lasting else passing()
+        dy, dy_x, _ = _piece_products(
+            maps, gradients, shape, group, index, stage, no_slots(), policy
+        )
+        if _has_channel(maps.x.at, shape, group):
+            put_products(memory, shape, _channel(maps.x.at, shape, group), index, dy, dy_x)
 
 
 @device
-def _gradient_piece(maps, gradients, training, memory, shape, group, index, constants):
+def _write_dx(maps, gradients, training, shape, group, index, dy, dy_x, held, stage, writes):
+    """Write dx from the sums of a thread's column."""
     kind = maps.x.at
     columns = _columns(kind, shape)
-    barrier()
     if _has_channel(kind, shape, group):
         c, count = _channel(kind, shape, group), np.float64(shape.N * shape.S)
-        set_gradient_affine(
-            kind, c, count, gradients, memory.sums, shape.C, constants, thread(), columns
-        )
+        set_gradient_affine(kind, c, count, dy, dy_x, gradients, stage, thread(), columns)
     barrier()
-    lanes = gradient_affine(kind, constants, _lane_column(kind, shape), 1, columns)
+    lanes = gradient_affine(kind, stage, _lane_column(kind, shape), 1, columns)
+    barrier()
     piece = _piece(kind, shape, group, index)
-    write_gradient(maps, piece, shape.rounds, lanes, training != 0)
+    write_gradient(maps, piece, shape.rounds, held, lanes, training != 0, passing(), writes)
 
 
 def gradient_rows(maps, gradients, training, memory, shape):
-    """Write dx and dresidual from what `products_rows` has summed."""
-    constants = shared_constants()
-    for task in range(block(), shape.groups * shape.pieces, blocks()):
+    """Write dx and dresidual from what `products_channels` has put together."""
+    stage, kind = shared_lanes(), maps.x.at
+    tasks = shape.groups * shape.pieces
+    for turn in range(block(), tasks, blocks()):
+        task = tasks - 1 - turn
         group = quotient(task, shape.pieces)
         index = task - group * shape.pieces
-        _gradient_piece(maps, gradients, training, memory, shape, group, index, constants)
+        held = loaded_dy_x(maps, _piece(kind, shape, group, index), no_slots(), passing())
+        dy = dy_x = 0.0
+        if _has_channel(kind, shape, group):
+            c = _channel(kind, shape, group)
+            dy, dy_x = get(memory.sums, c), get(memory.sums, shape.C + c)
+        _write_dx(maps, gradients, training, shape, group, index, dy, dy_x, held, stage, passing())
+
+
+@device
+def _share_products(x, gradients, memory, shape, group, index, stage):
+    """Let each of a group's blocks put together some of its columns, and give all to all."""
+    side = 1 << shape.beside
+    wait_for_all(memory.counters, 2 * group, shape.pieces)
+    for turn in range(0, shape.share, side):
+        own = _shared_column(shape, group, _columns(x, shape), index, turn)
+        dy, dy_x = merged_products(memory, shape, own, stage)
+        if thread() < side and own.valid:
+            dy_x = about_mean(x, own.c, dy, dy_x, gradients)
+            put(memory.sums, own.c, dy)
+            put(memory.sums, shape.C + own.c, dy_x)
+            save_products(own.c, dy, dy_x, gradients)
+    wait_for_all(memory.counters, 2 * group + 1, shape.pieces)
 
 
 def backward_rows(maps, gradients, training, memory, shape):
-    """Sum and write dx, a block for each group of channels, which is one piece."""
-    stage, constants = shared_lanes(), shared_constants()
+    """Sum, and write dx from what was held; blocks of a group wait for one another."""
+    stage, held = shared_lanes(), slots()
     kind = maps.x.at
-    for group in range(block(), shape.groups, blocks()):
-        dy, dy_x = _piece_products(maps, gradients, shape, group, 0, stage, constants)
-        if _has_channel(kind, shape, group):
-            c = _channel(kind, shape, group)
-            finish_products(kind, c, dy, dy_x, gradients, memory.sums, shape.C)
-        _gradient_piece(maps, gradients, training, memory, shape, group, 0, constants)
+    for task in range(block(), shape.groups * shape.pieces, blocks()):
+        group = quotient(task, shape.pieces)
+        index = task - group * shape.pieces
+        c, there = _channel(kind, shape, group), _has_channel(kind, shape, group)
+        dy, dy_x, turns = _piece_products(
+            maps, gradients, shape, group, index, stage, held, passing()
+        )
+        if shape.pieces > 1:
+            if there:
+                put_products(memory, shape, c, index, dy, dy_x)
+            _share_products(kind, gradients, memory, shape, group, index, stage)
+            if there:
+                dy, dy_x = get(memory.sums, c), get(memory.sums, shape.C + c)
+        elif there:
+            dy_x = about_mean(kind, c, dy, dy_x, gradients)
+            save_products(c, dy, dy_x, gradients)
+        _write_dx(maps, gradients, training, shape, group, index, dy, dy_x, turns, stage, lasting())

@@ -3,15 +3,20 @@
 What decides the order of sums, a piece's size and the place of threads in it, depends on the shape,
 the format and how much moves at a time, which strides and alignment allow: the same arrays give the
 same bits whatever the number of blocks and multiprocessors. What does not, the number of blocks
-and the variant, may depend on the GPU.
+and the variant, depends on the GPU.
 """
 
 from .arguments import Shape
 from .formats import LANES, THREADS, WARP
 
-# Accesses of a thread within a piece: few enough that float32 holds their sum, and that small
-# arrays have pieces for every multiprocessor; 64 KB for a block.
-DEPTH = 16
+TURNS = 4  # accesses that a thread makes before it uses the first
+# Accesses that a thread holds, of all arrays together: 96 KB of a block, of which two find room in
+# the 228 KB of an H200's multiprocessor beside what they share. Of planes the last four accesses
+# stay in registers.
+DEPTH = 24
+# Blocks to cut for: two for each of an H200's 132 multiprocessors.
+BLOCKS = 264
+NARROWEST = 64  # bytes that threads side by side take of a row, at least: memory moves as many
 
 
 def _exponent(count: int) -> int:
@@ -23,42 +28,97 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _planes(sizes: tuple[int, int, int], width: int) -> Shape:
+def _depth(accesses: int, arrays: int) -> int:
+    """How many accesses a thread makes in a piece: few, where else some blocks had no piece."""
+    depth, most = TURNS, DEPTH // arrays
+    while depth < most and accesses > depth * THREADS * BLOCKS:
+        depth += TURNS
+    return depth
+
+
+def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     N, C, S = sizes
-    across = min(_exponent(_ceil(S, width)), _exponent(THREADS))
-    below = THREADS >> across
+    along = _ceil(S, width)  # accesses of a plane
+    depth = _depth(N * C * along, arrays)
+    crew = _exponent(THREADS)
+    across = min(_exponent(along), _exponent(WARP))
+    if _ceil(along, 1 << across) * _ceil(N, WARP >> across) <= TURNS:
+        crew = _exponent(WARP)
+    across = min(_exponent(along), crew)
+    below = 1 << crew - across
     side = width << across
     per_row = _ceil(S, side)  # accesses of a thread along a plane
-    if per_row < DEPTH:
-        planes, places = below * (DEPTH // per_row), S
+    if per_row <= depth:
+        most = below * (depth // per_row)
+        planes = _ceil(_ceil(N, _ceil(N, most)), below) * below  # as many in each piece
+        places = S
     else:
-        planes, places = 1, side * DEPTH
+        planes, places = 1, side * _ceil(per_row, _ceil(per_row, depth))
     per_plane = _ceil(S, places)
     rounds = _ceil(min(S, places), side) * _ceil(min(N, planes), below)
     pieces = per_plane * _ceil(N, planes)
-    return Shape(N, C, S, planes, places, per_plane, pieces, C, across, below, rounds)
+    groups = _ceil(C, THREADS >> crew)
+    return Shape(
+        N, C, S, planes, places, per_plane, pieces, groups, crew, across, below, rounds,
+        _beside(pieces), 1,
+    )  # fmt: skip
 
 
-def _rows(sizes: tuple[int, int, int], width: int) -> Shape:
+def _rows(sizes: tuple[int, int, int], width: int, arrays: int, across: int) -> Shape:
     N, C, S = sizes
-    across = min(_exponent(_ceil(C, width)), _exponent(min(WARP, THREADS // LANES)))
     below = THREADS >> across
-    rows = below * DEPTH
-    rounds = _ceil(min(S, rows), below)
+    depth = _depth(N * S * _ceil(C, width), arrays)
+    per_plane = _ceil(S, below * depth)
+    rows = _ceil(_ceil(S, per_plane), below) * below
     per_plane = _ceil(S, rows)
-    groups = _ceil(C, width << across)
-    return Shape(N, C, S, 1, rows, per_plane, N * per_plane, groups, across, below, rounds)
+    pieces, columns = N * per_plane, width << across
+    return Shape(
+        N, C, S, 1, rows, per_plane, pieces, _ceil(C, columns), _exponent(THREADS), across, below,
+        _ceil(min(S, rows), below), _beside(pieces), _ceil(columns, pieces),
+    )  # fmt: skip
 
 
-def shape_of(view: str, sizes: tuple[int, int, int], width: int) -> Shape:
-    """Cut ``[N, C, S]`` into pieces, `width` numbers at a time."""
-    return (_planes if view == "planes" else _rows)(sizes, width)
+def _beside(pieces: int) -> int:
+    return _exponent(THREADS) - min(_exponent(pieces), _exponent(THREADS))
 
 
-def is_whole(shape: Shape) -> bool:
-    """Choose the variant: one block that sums a channel and writes it at once, or several.
+def _rows_at_best(sizes: tuple[int, int, int], width: int, itemsize: int, arrays: int) -> Shape:
+    """Take as many columns side by side as leave every block a task, and can be held."""
+    widest = min(_exponent(_ceil(sizes[1], width)), _exponent(min(WARP, THREADS // LANES)))
+    narrowest = min(widest, _exponent(_ceil(NARROWEST, width * itemsize)))
+    ways = [_rows(sizes, width, arrays, across) for across in range(widest, narrowest - 1, -1)]
+    held = [each for each in ways if each.pieces <= BLOCKS]
+    full = [each for each in held if each.groups * each.pieces >= BLOCKS]
+    return (full or held[-1:] or ways)[0]
 
-    Several take two launches: sums, of which the last block of each channel makes one, and then
-    all of them write.
+
+def shape_of(
+    view: str, sizes: tuple[int, int, int], width: int, itemsize: int, arrays: int
+) -> Shape:
+    """Cut ``[N, C, S]`` into pieces, `width` numbers at a time, for sums over so many arrays."""
+    if view == "planes":
+        return _planes(sizes, width, arrays)
+    return _rows_at_best(sizes, width, itemsize, arrays)
+
+
+def slots_of(shape: Shape, view: str, arrays: int) -> int:
+    """How many accesses a thread holds in shared memory."""
+    turns = _ceil(shape.rounds, TURNS) * TURNS
+    return arrays * (turns if view == "rows" else turns - TURNS)
+
+
+def is_held(shape: Shape, capacity: int) -> bool:
+    """Choose the variant: whether x is read once, and held until all of a channel is summed.
+
+    The blocks of a channel wait for one another, so that all of them must run at once. Else there
+    are two sweeps, the second of which reads x again.
     """
-    return shape.pieces == 1
+    return shape.pieces <= capacity
+
+
+def first_lasting(tasks: int, nbytes: int, cache: int) -> int:
+    """Of a first sweep, choose from which task on L2 is to keep what it reads.
+
+    It keeps half as much as it has room for: each of its two halves may hold a copy.
+    """
+    return max(0, tasks - tasks * (cache // 2) // max(nbytes, 1))

@@ -7,10 +7,16 @@ import numpy as np
 
 from ..layout import View
 from ..libraries import DeviceArray, Place
-from . import planes, rows
+from . import channels, planes, rows
 from .arguments import Map, Memory
 from .formats import FORMATS, MOST_BLOCKS, THREADS
 from .simulator import Flat, flat, flat_bytes, run
+
+# As of an H200, which may hold two blocks on each of 132 multiprocessors.
+RUNNING = 264  # blocks that run at once
+SHARED = 104 << 10  # bytes of shared memory that each may ask for
+L2 = 60 << 20  # bytes
+_VIEWS = {"planes": planes, "rows": rows, "channels": channels}
 
 
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
@@ -49,10 +55,26 @@ def prepare(place: Place, kernel: str, view: str, format_name: str, width: int) 
     """Do nothing: Python's functions are ready."""
 
 
+def capacity(
+    place: Place, kernel: str, view: str, format_name: str, width: int, shared: int
+) -> int:
+    """Count the blocks of a kernel that run at once."""
+    return RUNNING if shared <= SHARED else 0
+
+
+def l2_bytes(place: Place) -> int:
+    """Give the size of the L2 cache."""
+    return L2
+
+
 def launch(
     place: Place, kernel: str, view: str, format_name: str, width: int, blocks: int,
-    *arguments: Any,
+    *arguments: Any, shared: int = 0, together: bool = False,
 ) -> None:  # fmt: skip
     """Run a kernel to its end."""
-    module = planes if view == "planes" else rows
-    run(getattr(module, f"{kernel}_{view}"), min(blocks, MOST_BLOCKS), THREADS, arguments)
+    function = getattr(_VIEWS[view], f"{kernel}_{view}")
+    access = FORMATS[format_name].itemsize * width
+    slots = shared // (access * THREADS)
+    if together and blocks > RUNNING:
+        raise RuntimeError(f"{blocks} blocks launched together, of which {RUNNING} can run at once")
+    run(function, min(blocks, MOST_BLOCKS), THREADS, arguments, slots=slots, together=together)

@@ -1,9 +1,10 @@
 """Twins of `intrinsics` for Numba's simulator, and how a grid of threads runs there.
 
 Kernels run as they are, each thread of a block as a coroutine that goes on until it waits for the
-others. Addresses are of the host's memory. Whoever reads or writes beside an array or off its
-alignment is told, and so are threads that wait for different things, or that use the same number
-of shared memory, one of them writing, with no barrier in between.
+others, and where blocks wait for one another, each of those. Addresses are of the host's memory.
+Whoever reads or writes beside an array or off its alignment is told, and so are threads that wait
+for different things, or that use the same number of shared memory, one of them writing, with no
+barrier in between, and blocks that wait for what never comes.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-from .formats import COLUMNS, CONSTANTS, FORMATS, LANES, STAGE, SUMS, Format
+from .formats import CONSTANTS, CREWS, FORMATS, LANES, STAGE, THREADS, Format
 
 WORD = 32
 _POWERS = 1 << np.arange(LANES)
@@ -101,7 +102,7 @@ class Shared:
 
 # Threads.
 
-_BARRIER, _EXCHANGE, _END = "a barrier", "an exchange", "the end"
+_BARRIER, _EXCHANGE, _PAUSE, _END = "a barrier", "an exchange", "another block", "the end"
 
 
 class _Here:
@@ -111,7 +112,11 @@ class _Here:
     b = 0
     threads = 0
     blocks = 0
+    slots = 0  # of each thread
+    together = False  # whether blocks may wait for one another
     memory: dict[str, Shared]  # of the block
+    held: dict[tuple[int, int], Any]  # of the block, by slot and thread
+    arrivals = 0  # of blocks, at any counter
 
 
 _here = _Here()
@@ -123,27 +128,35 @@ def _wait(why: str, value: Any = None) -> list[Any]:
     return brought
 
 
-def _run_block(kernel: Callable[..., None], arguments: Any) -> None:
+def _block(kernel: Callable[..., None], arguments: Any, b: int) -> None:
+    """Run a block, handing over to others whenever a thread pauses."""
+
     def work(_: Any) -> tuple[str, None]:
         with np.errstate(all="ignore"):
             kernel(*arguments)
         return _END, None
 
-    _here.memory = {}
+    memory: dict[str, Shared] = {}
+    held: dict[tuple[int, int], Any] = {}
     crew = [greenlet(work) for _ in range(_here.threads)]
     brought: list[Any] = []
     reasons: set[str] = set()
     while _END not in reasons:
         given, brought, reasons = brought, [], set()
-        for _here.t, each in enumerate(crew):
+        for t, each in enumerate(crew):
+            _here.b, _here.t, _here.memory, _here.held = b, t, memory, held
             why, value = each.switch(given)
+            while why == _PAUSE:
+                getcurrent().parent.switch()
+                _here.b, _here.t, _here.memory, _here.held = b, t, memory, held
+                why, value = each.switch(None)
             brought.append(value)
             reasons.add(why)
         if len(reasons) > 1:
             raise RuntimeError(f"threads of one block wait for {sorted(reasons)}")
         if _BARRIER in reasons:
-            for memory in _here.memory.values():
-                memory.forget()
+            for each in memory.values():
+                each.forget()
 
 
 def order(blocks: int) -> Any:
@@ -151,11 +164,24 @@ def order(blocks: int) -> Any:
     return range(blocks)
 
 
-def run(kernel: Callable[..., None], blocks: int, threads: int, arguments: Any) -> None:
-    """Run a kernel on a grid, block after block."""
-    _here.blocks, _here.threads = blocks, threads
-    for _here.b in order(blocks):
-        _run_block(kernel, arguments)
+def run(
+    kernel: Callable[..., None], blocks: int, threads: int, arguments: Any,
+    *, slots: int = 0, together: bool = False,
+) -> None:  # fmt: skip
+    """Run a kernel on a grid: block after block, or all `together`, each while the others wait."""
+    _here.blocks, _here.threads, _here.slots, _here.together = blocks, threads, slots, together
+    if not together:
+        for b in order(blocks):
+            _block(kernel, arguments, b)
+        return
+    running = [greenlet(lambda b=b: _block(kernel, arguments, b)) for b in order(blocks)]
+    while running:
+        before = _here.arrivals, len(running)
+        for each in running:
+            each.switch()
+        running = [each for each in running if not each.dead]
+        if before == (_here.arrivals, len(running)):
+            raise RuntimeError(f"{len(running)} blocks wait for others that never come")
 
 
 def _shared(name: str, count: int) -> Any:
@@ -200,15 +226,39 @@ def from_neighbour(value: Any, distance: int) -> Any:
 
 
 def shared_sums() -> Any:
-    return _shared("sums", SUMS)
+    return _shared("sums", THREADS)
 
 
 def shared_constants() -> Any:
-    return _shared("constants", COLUMNS * CONSTANTS)
+    return _shared("constants", CREWS * CONSTANTS)
 
 
 def shared_lanes() -> Any:
     return _shared("lanes", STAGE)
+
+
+def slots() -> bool:
+    return True
+
+
+def no_slots() -> bool:
+    return False
+
+
+def holds(slots: bool) -> bool:
+    return slots
+
+
+def keep(slots: bool, index: int, packed: Any) -> None:
+    if not slots:
+        return
+    if not 0 <= index < _here.slots:
+        raise IndexError(f"slot {index}, of {_here.slots}")
+    _here.held[index, _here.t] = packed
+
+
+def kept(slots: bool, index: int, x: Flat) -> Any:
+    return _here.held[index, _here.t]
 
 
 def read(memory: Any, index: int) -> Any:
@@ -303,7 +353,15 @@ def quotient(a: int, b: int) -> int:
     return a // b
 
 
-def load(x: Flat, index: int) -> Any:
+def passing() -> None:
+    return None
+
+
+def lasting() -> None:
+    return None
+
+
+def load(x: Flat, index: int, policy: None) -> Any:
     return Packed(x, x.at(index, x.width).copy())
 
 
@@ -315,7 +373,7 @@ def unpack(packed: Any) -> Any:
     return packed.numbers.astype(packed.x.computed)
 
 
-def store(y: Flat, index: int, lanes: Any) -> None:
+def store(y: Flat, index: int, lanes: Any, policy: None) -> None:
     y.at(index, y.width)[...] = lanes
 
 
@@ -374,6 +432,21 @@ def or_bits(mask: Any, bit: int, bits: int) -> None:
 
 
 def arrive(counters: Any, index: int, last: int) -> int:
+    _here.arrivals += 1
     before = int(counters[index])
     counters[index] = 0 if before == last else before + 1
     return before
+
+
+def awaited(counters: Any, index: int) -> bool:
+    return bool(counters[index])
+
+
+def pause() -> None:
+    if not _here.together:
+        raise RuntimeError("a block waits for others, which need not be running")
+    getcurrent().parent.switch((_PAUSE, None))
+
+
+def prefetch(address: int) -> None:
+    pass

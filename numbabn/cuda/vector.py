@@ -16,6 +16,7 @@ from .formats import BFLOAT16, FLOAT16, FLOAT32, WARP
 from .target import (
     arrive,
     as_computed,
+    awaited,
     barrier,
     bfloat16_at,
     device,
@@ -30,6 +31,8 @@ from .target import (
     narrow,
     or_bits,
     passed,
+    pause,
+    prefetch,
     present,
     put,
     put_word,
@@ -95,31 +98,49 @@ def _update_running(running, c, batch, momentum):
 
 
 @device
-def _inverse(var, eps):
+def inverse(var, eps):
+    """Give the inverse of the standard deviation."""
     return 1.0 / square_root(var + eps)
 
 
 @device
-def finish_moments(c, count, mean, m2, parameters, settings):
+def save_moments(c, count, mean, m2, parameters, settings):
     """Save a channel's statistics."""
     set_number(parameters.mean, c, mean)
     set_number(parameters.m2, c, m2)
-    set_number(parameters.invstd, c, _inverse(m2 / count, settings.eps))
+    set_number(parameters.invstd, c, inverse(m2 / count, settings.eps))
     _update_running(parameters.running_mean, c, mean, settings.momentum)
     unbiased = m2 / (count - settings.correction)
     _update_running(parameters.running_var, c, unbiased, settings.momentum)
 
 
 @device
-def finish_products(x, c, dy, dy_x, gradients, sums, C):
-    """Save a channel's gradients by bias and weight, and what writing dx takes."""
+def about_mean(x, c, dy, dy_x, gradients):
+    """Give the product with the normal x, of one with what `set_normal` has left of the mean."""
     mean, invstd = number(gradients.mean, c, 0.0), number(gradients.invstd, c, 0.0)
-    # What `set_normal` has left of the mean.
-    dy_x -= (mean - nearest(x, mean)) * invstd * dy
-    put(sums, c, dy)
-    put(sums, C + c, dy_x)
+    return dy_x - (mean - nearest(x, mean)) * invstd * dy
+
+
+@device
+def save_products(c, dy, dy_x, gradients):
+    """Save a channel's gradients by bias and weight."""
     set_number(gradients.dbias, c, dy)
     set_number(gradients.dweight, c, dy_x)
+
+
+@device
+def _fetch(numbers, c):
+    if numbers.at != 0:
+        prefetch(numbers.at + c * numbers.step)
+
+
+@device
+def fetch_parameters(c, parameters):
+    """Fetch what the channel's constants take while its numbers are summed."""
+    _fetch(parameters.weight, c)
+    _fetch(parameters.bias, c)
+    _fetch(parameters.running_mean, c)
+    _fetch(parameters.running_var, c)
 
 
 # Moments of a thread.
@@ -228,13 +249,15 @@ def multiply(held, dy, bits, x, constants, valid):
 
 
 @device
-def block_sum(value, memory):
-    """Sum of a number of each thread, given to all of them."""
+def crew_sum(value, memory, crew):
+    """Sum of a number of each thread of a crew, given to all of them: of a warp, or the block."""
     distance = 1
     while distance < WARP:
         value += from_neighbour(value, distance)
         distance *= 2
-    if thread() % WARP == 0:
+    if crew == WARP:
+        return value
+    if thread() & (WARP - 1) == 0:
         write(memory, thread() // WARP, value)
     barrier()
     result = 0.0
@@ -260,19 +283,19 @@ def staged(lanes, memory):
 
 @device
 def column_sum(value, memory, columns):
-    """Sum of a number of each thread of a column, given to all of them."""
-    t = thread()
+    """Sum of a number of each thread of column ``thread() % columns``, given to all of them."""
+    distance = columns
+    while distance < WARP:
+        value += from_neighbour(value, distance)
+        distance *= 2
+    t, side = thread(), max(columns, WARP)  # now equal where threads lie so far apart
     write(memory, t, value)
     barrier()
-    half = threads() >> 1
-    while half >= columns:
-        if t < half:
-            write(memory, t, read(memory, t) + read(memory, t + half))
-        barrier()
-        half >>= 1
-    value = read(memory, t & (columns - 1))
+    result = 0.0
+    for at in range(t & (side - 1), threads(), side):
+        result += read(memory, at)
     barrier()
-    return value
+    return result
 
 
 @device
@@ -286,19 +309,79 @@ def by_lanes(x, value, memory, columns, column):
     return lanes
 
 
-@device
-def is_last(counters, index, count, memory):
-    """Whether all other blocks that count on this index have come; tells every thread.
+# Pieces of a channel, which several blocks have summed.
 
-    What this block has written is seen by the last: the barrier orders it before the arrival.
+
+class Partials(NamedTuple):
+    """How threads put together the pieces of some channels: each has one, and some pieces of it."""
+
+    c: Any  # channel
+    valid: Any  # whether there is such a channel
+    beside: Any  # 2**beside channels lie side by side
+
+
+@device
+def wait_for_all(counters, index, count):
+    """Wait until as many blocks have come here, and see what they have written before.
+
+    All of them must be running. The counter is 0 before and after: the last one to come wraps it.
     """
     barrier()
     if thread() == 0:
-        write(memory, 0, np.float64(arrive(counters, index, count - 1)))
+        arrive(counters, index, count - 1)
+        while awaited(counters, index):
+            pause()
     barrier()
-    before = read(memory, 0)
-    barrier()
-    return before == np.float64(count - 1)
+
+
+@device
+def put_moments(memory, shape, c, index, count, mean, m2):
+    """Leave the moments of a piece: [3, C, pieces]."""
+    at, apart = c * shape.pieces + index, shape.C * shape.pieces
+    put(memory.partials, at, count)
+    put(memory.partials, at + apart, mean)
+    put(memory.partials, at + 2 * apart, m2)
+
+
+@device
+def merged_moments(memory, shape, channels, sums):
+    """Put the moments of all pieces together: mean and M2 of a thread's channel."""
+    partials, apart = memory.partials, shape.C * shape.pieces
+    first = channels.c * shape.pieces
+    own, step = first + (thread() >> channels.beside), threads() >> channels.beside
+    end = first + shape.pieces if channels.valid else own
+    pivot = get(partials, first + apart) if channels.valid else 0.0
+    pivot = pivot if pivot - pivot == 0.0 else 0.0
+    far = 0.0
+    for at in range(own, end, step):
+        far += (get(partials, at + apart) - pivot) * get(partials, at)
+    mean = pivot + column_sum(far, sums, 1 << channels.beside) / np.float64(shape.N * shape.S)
+    m2 = 0.0
+    for at in range(own, end, step):
+        off = get(partials, at + apart) - mean
+        m2 += get(partials, at + 2 * apart) + off * off * get(partials, at)
+    return mean, column_sum(m2, sums, 1 << channels.beside)
+
+
+@device
+def put_products(memory, shape, c, index, dy, dy_x):
+    """Leave the products of a piece: [2, C, pieces]."""
+    at = c * shape.pieces + index
+    put(memory.partials, at, dy)
+    put(memory.partials, at + shape.C * shape.pieces, dy_x)
+
+
+@device
+def merged_products(memory, shape, channels, sums):
+    """Put the products of all pieces together, as `merged_moments` does."""
+    first = channels.c * shape.pieces
+    own, side = first + (thread() >> channels.beside), 1 << channels.beside
+    end = first + shape.pieces if channels.valid else own
+    dy = dy_x = 0.0
+    for at in range(own, end, threads() >> channels.beside):
+        dy += get(memory.partials, at)
+        dy_x += get(memory.partials, at + shape.C * shape.pieces)
+    return column_sum(dy, sums, side), column_sum(dy_x, sums, side)
 
 
 # Constants: computed in float64 by one thread for each channel of a block, used as lanes.
@@ -346,18 +429,24 @@ def normal(x, memory, column, between, step):
 
 
 @device
-def set_affine(x, c, parameters, settings, memory, column, step):
+def set_affine(x, c, mean, invstd, parameters, memory, column, step):
     """Compute a channel's constants of `normalized`; the mean's remainder goes into the shift."""
-    if parameters.invstd.at != 0:
-        mean, invstd = number(parameters.mean, c, 0.0), number(parameters.invstd, c, 0.0)
-    else:
-        mean = number(parameters.running_mean, c, 0.0)
-        invstd = _inverse(number(parameters.running_var, c, 0.0), settings.eps)
     scale = invstd * number(parameters.weight, c, 1.0)
     near = nearest(x, mean)
     write(memory, column, near)
     write(memory, column + step, scale)
     write(memory, column + 2 * step, number(parameters.bias, c, 0.0) - (mean - near) * scale)
+
+
+@device
+def set_given_affine(x, c, parameters, settings, memory, column, step):
+    """Compute them from saved statistics, or in inference from the running ones."""
+    if parameters.invstd.at != 0:
+        mean, invstd = number(parameters.mean, c, 0.0), number(parameters.invstd, c, 0.0)
+    else:
+        mean = number(parameters.running_mean, c, 0.0)
+        invstd = inverse(number(parameters.running_var, c, 0.0), settings.eps)
+    set_affine(x, c, mean, invstd, parameters, memory, column, step)
 
 
 @device
@@ -371,11 +460,11 @@ def affine(x, memory, column, between, step):
 
 
 @device
-def set_gradient_affine(x, c, count, gradients, sums, C, memory, column, step):
+def set_gradient_affine(x, c, count, dy, dy_x, gradients, memory, column, step):
     """Compute a channel's constants of `gradient`; remainders go into the shift."""
     mean, invstd = number(gradients.mean, c, 0.0), number(gradients.invstd, c, 0.0)
     scale = invstd * number(gradients.weight, c, 1.0)
-    mean_dy, slope = get(sums, c) / count, get(sums, C + c) / count * invstd
+    mean_dy, slope = dy / count, dy_x / count * invstd
     near, near_dy = nearest(x, mean), nearest(x, mean_dy)
     write(memory, column, near)
     write(memory, column + step, slope)

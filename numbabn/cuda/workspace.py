@@ -28,15 +28,15 @@ class Workspace:
         self.sums: Any = None
         self.counters: Any = None
 
-    def fit(self, shape: Shape, columns: int, like: DeviceArray) -> None:
-        """Make room for a shape whose groups have some columns each."""
-        partials = 3 * shape.pieces * shape.groups * columns
+    def fit(self, shape: Shape, like: DeviceArray) -> None:
+        """Make room for a shape."""
+        partials = 3 * shape.C * shape.pieces
         if self.partials is None or self.partials.size < partials:
             self.partials = empty((partials,), np.float64, like)
         if self.sums is None or self.sums.size < 2 * shape.C:
             self.sums = empty((2 * shape.C,), np.float64, like)
-        if self.counters is None or self.counters.size < shape.groups:
-            self.counters = zeros((shape.groups,), np.int32, like)  # and zeros they are left
+        if self.counters is None or self.counters.size < 2 * shape.groups:
+            self.counters = zeros((2 * shape.groups,), np.int32, like)  # and zeros they are left
 
 
 _PER_THREAD = 2  # handle of a stream that each thread has one of

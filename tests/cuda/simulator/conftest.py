@@ -32,16 +32,20 @@ def _shrink_blocks():
     sizes = {
         "WARP": warp,
         "THREADS": threads,
-        "SUMS": threads // warp,
+        "CREWS": threads // warp,
         "STAGE": threads * formats.LANES,
-        "COLUMNS": warp * formats.LANES,
     }
     assert sizes.keys() <= vars(formats).keys()
     vars(formats).update(sizes)
 
     from numbabn.cuda import schedule
 
-    schedule.DEPTH = 6  # more than the four accesses of one step, and no multiple of them
+    # Few, so that some shapes of the table are held and others are swept twice.
+    schedule.DEPTH, schedule.BLOCKS = 16, 4
+
+    from numbabn.cuda import simulation
+
+    simulation.RUNNING, simulation.L2 = 4, 1 << 12
 
 
 if SIMULATED and not REAL:

@@ -66,6 +66,10 @@ FURTHER = {
     "NC aligned": ((17, 16), 1),
     "NCHW short, aligned": ((50, 2, 8, 8), 1),
     "NCL aligned": ((3, 2, 24), 1),
+    "NCHW tiny": ((2, 19, 3, 4), 1),
+    "NCHW aligned, several turns": ((12, 2, 24, 24), 1),
+    "NCHW of one channel": ((3, 1, 41, 41), 1),
+    "NC aligned, several turns": ((400, 40), 1),
 }
 SHAPES = cases.SHAPES | SMALLER | FURTHER
 TRAINING = {
@@ -102,21 +106,26 @@ def test_statistics(shape, axis, dtype, ulp):
     check_statistics(shape, axis, dtype, ON)
 
 
+def described(array, axis, arrays=1):
+    (x,) = borrow(None, x=ON.put(array))
+    layout = arrange(numbabn.cuda, axis, [x], [x])
+    return numbabn.cuda._Call(layout, layout.views, None, arrays)
+
+
+@pytest.mark.parametrize("arrays_held", [1, 2], ids=["forward", "backward"])
 @dtypes
-def test_the_shapes_cross_every_border(dtype, ulp):
+def test_the_shapes_cross_every_border(dtype, ulp, arrays_held):
     found = {"planes": [], "rows": []}
     for shape, axis in SHAPES.values():
-        (x,) = borrow(None, x=ON.put(np.zeros(shape, dtype)))
-        layout = arrange(numbabn.cuda, axis, [x], [x])
-        call = numbabn.cuda._Call(layout, layout.views, None)
-        found[layout.kind].append((call.width, call.shape))
+        call = described(np.zeros(shape, dtype), axis, arrays_held)
+        found[call.view].append((call.width, call.shape))
     lanes = formats.FORMATS[np.dtype(dtype).name].lanes
     for view, shapes in found.items():
         assert {1, lanes} <= {width for width, _ in shapes}
         for width in (1, lanes):
             own = [s for w, s in shapes if w == width]
             assert any(s.pieces == 1 for s in own)
-            assert any(s.pieces > 1 for s in own)
+            assert any(s.pieces > 1 and schedule.is_held(s, simulation.RUNNING) for s in own)
             assert any(s.rounds > 4 for s in own)  # more than one step of a loop
             assert any(s.S % s.places or s.N % s.planes for s in own if s.pieces > 1)
             if view == "planes":
@@ -124,6 +133,11 @@ def test_the_shapes_cross_every_border(dtype, ulp):
                 assert any(1 < s.planes < s.N for s in own)
             else:
                 assert any(s.C % (width << s.across) for s in own if s.groups > 1)
+        every = [s for _, s in shapes]
+        assert any(not schedule.is_held(s, simulation.RUNNING) for s in every)
+        if view == "planes":
+            assert {1 << s.crew for s in every} == {formats.WARP, formats.THREADS}
+            assert any(s.C * (1 << s.crew) % formats.THREADS for s in every)
 
 
 @cases.memory
@@ -288,31 +302,37 @@ class TestSameBits:
     def test_whatever_the_blocks_and_their_order(self, monkeypatch, shape, axis, dtype, ulp):
         expected = everything(shape, axis, dtype, ulp)
         assert everything(shape, axis, dtype, ulp) == expected
-        for most, order in (
-            (formats.MOST_BLOCKS, lambda blocks: np.random.default_rng(0).permutation(blocks)),
-            (3, lambda blocks: reversed(range(blocks))),
-            (1, range),
+        for running, most, order in (
+            (1000, 1000, lambda blocks: np.random.default_rng(0).permutation(blocks)),
+            (5, 3, lambda blocks: reversed(range(blocks))),
+            (0, 1, range),
         ):
-            monkeypatch.setattr(simulation, "MOST_BLOCKS", most)
+            monkeypatch.setattr(simulation, "RUNNING", running)
+            monkeypatch.setattr(simulation, "MOST_BLOCKS", max(most, running))
             monkeypatch.setattr(simulator, "order", order)
             assert everything(shape, axis, dtype, ulp) == expected
 
     @dtypes
     @pytest.mark.parametrize(
-        ("shape", "axis"), [((2, 3, 12, 25), 1), ((5, 37), 1), ((9, 5, 13), 1), ((17, 16), 1)]
+        ("shape", "axis"),
+        [((2, 3, 12, 25), 1), ((5, 37), 1), ((9, 5, 13), 1), ((17, 16), 1), ((131, 24), 1)],
     )
-    def test_of_one_block_and_of_several(self, monkeypatch, shape, axis, dtype, ulp):
+    def test_held_and_swept_twice(self, monkeypatch, shape, axis, dtype, ulp):
         launched = set()
         launch = simulation.launch
 
-        def noting(place, kernel, *args):
-            launched.add(kernel)
-            launch(place, kernel, *args)
+        def noting(place, kernel, view, *args, **options):
+            launched.add(f"{kernel} {view}" if view == "channels" else kernel)
+            launch(place, kernel, view, *args, **options)
 
         monkeypatch.setattr(simulation, "launch", noting)
+        monkeypatch.setattr(simulation, "RUNNING", 1000)
         expected = everything(shape, axis, dtype, ulp)
-        assert launched == {"forward", "backward", "normalize", "statistics"}
-        monkeypatch.setattr(numbabn.cuda, "is_whole", lambda shape: False)
+        assert {"forward", "backward", "normalize", "statistics"} <= launched
+        assert launched <= {
+            "forward", "backward", "normalize", "statistics", "statistics channels"
+        }  # fmt: skip
+        monkeypatch.setattr(simulation, "RUNNING", 0)
         assert everything(shape, axis, dtype, ulp) == expected
         assert {"products", "gradient"} < launched
 
@@ -404,6 +424,6 @@ def test_blocks_as_on_a_gpu(shape, axis, dtype, ulp):
 
 @pytest.mark.real_blocks
 def test_blocks_are_of_the_size_that_was_asked_for():
-    expected = (64, 8, 6) if os.environ.get("NUMBABN_TEST_BLOCKS") != "real" else (256, 32, 16)
+    expected = (64, 8, 16) if os.environ.get("NUMBABN_TEST_BLOCKS") != "real" else (256, 32, 24)
     assert expected == (formats.THREADS, formats.WARP, schedule.DEPTH)
     assert formats.THREADS == formats.WARP * formats.LANES

@@ -10,11 +10,11 @@ import numbabn
 from numbabn.backends import borrow
 from numbabn.cuda import planes, rows, simulation, sweep, vector, workspace
 from numbabn.cuda import simulator as gpu
-from numbabn.cuda.formats import COLUMNS, CONSTANTS, FORMATS, THREADS, WARP
+from numbabn.cuda.formats import CONSTANTS, CREWS, FORMATS, THREADS, WARP
 
 
-def run(kernel, *arguments, blocks=1):
-    gpu.run(kernel, blocks, THREADS, arguments)
+def run(kernel, *arguments, blocks=1, **options):
+    gpu.run(kernel, blocks, THREADS, arguments, **options)
 
 
 def as_lanes(array, width):
@@ -128,7 +128,7 @@ class TestSharedMemory:
         with pytest.raises(RuntimeError, match="thread 1 uses number 0"):
             run(lambda: gpu.write(gpu.shared_sums(), 0, 1.0))
 
-    @pytest.mark.parametrize("index", [-1, COLUMNS * CONSTANTS])
+    @pytest.mark.parametrize("index", [-1, CREWS * CONSTANTS])
     def test_beside_it(self, index):
         with pytest.raises(IndexError, match=f"number {index} of shared memory"):
             run(lambda: gpu.read(gpu.shared_constants(), index))
@@ -136,22 +136,85 @@ class TestSharedMemory:
             run(lambda: gpu.write(gpu.shared_constants(), index, 0.0))
 
 
+class TestSlots:
+    def test_each_thread_has_its_own(self):
+        x = as_lanes(np.arange(THREADS, dtype=np.float32), 1)
+
+        def kernel(out):
+            memory = gpu.slots()
+            gpu.keep(memory, 1, gpu.load(x, gpu.thread(), None))
+            gpu.barrier()
+            out += gpu.unpack(gpu.kept(memory, 1, x)).tolist()
+
+        out = []
+        run(kernel, out, slots=2)
+        assert out == list(range(THREADS))
+
+    @pytest.mark.parametrize("index", [-1, 2])
+    def test_beside_them(self, index):
+        x = as_lanes(aligned(8), 4)
+        with pytest.raises(IndexError, match=f"slot {index}, of 2"):
+            run(lambda: gpu.keep(gpu.slots(), index, gpu.nothing(x)), slots=2)
+
+    def test_what_another_block_has_kept(self):
+        def kernel():
+            if gpu.block() == 0:
+                gpu.keep(gpu.slots(), 0, gpu.nothing(as_lanes(aligned(8), 4)))
+            gpu.kept(gpu.slots(), 0, None)
+
+        with pytest.raises(KeyError):
+            run(kernel, blocks=2, slots=1)
+
+    def test_none_keep_nothing(self):
+        run(lambda: gpu.keep(gpu.no_slots(), 9, None))
+
+
+class TestBlocksThatWait:
+    @staticmethod
+    def kernel(counters, out, comes):
+        if gpu.block() in comes:
+            vector.wait_for_all(counters, 1, 3)
+        out.append(gpu.block())
+
+    @pytest.mark.parametrize("order", [range, lambda blocks: reversed(range(blocks))])
+    def test_all_of_them_come(self, monkeypatch, order):
+        monkeypatch.setattr(gpu, "order", order)
+        counters, out = np.zeros(2, np.int32), []
+        run(self.kernel, counters, out, {0, 2, 3}, blocks=5, together=True)
+        assert sorted(out) == [b for b in range(5) for _ in range(THREADS)]
+        assert not counters.any()
+
+    def test_one_that_never_comes(self):
+        with pytest.raises(RuntimeError, match="2 blocks wait for others that never come"):
+            run(self.kernel, np.zeros(2, np.int32), [], {0, 2}, blocks=4, together=True)
+
+    def test_those_that_need_not_be_running(self):
+        with pytest.raises(RuntimeError, match="a block waits for others, which need not be run"):
+            run(self.kernel, np.zeros(2, np.int32), [], {0, 1, 2}, blocks=3)
+
+    def test_more_than_can_run_at_once(self):
+        with pytest.raises(RuntimeError, match=f"{simulation.RUNNING + 1} blocks launched togeth"):
+            simulation.launch(
+                None, "forward", "rows", "float32", 4, simulation.RUNNING + 1, together=True
+            )
+
+
 class TestMemory:
     @pytest.mark.parametrize("index", [-4, 8, 6])
     def test_beside_an_array(self, index):
         x = as_lanes(aligned(8), 4)
         with pytest.raises(IndexError, match=f"4 numbers from {index} on, of 8"):
-            gpu.load(x, index)
+            gpu.load(x, index, None)
         with pytest.raises(IndexError, match=f"4 numbers from {index} on, of 8"):
-            gpu.store(x, index, np.zeros(4))
+            gpu.store(x, index, np.zeros(4), None)
 
     def test_off_its_alignment(self):
         x = aligned(9)
         for array, index in ((x, 2), (x[1:], 0)):
             with pytest.raises(IndexError, match="16 bytes at an address that is no multiple"):
-                gpu.load(as_lanes(array, 4), index)
-        gpu.load(as_lanes(x[1:], 4), 3)
-        gpu.load(as_lanes(x, 2), 2)
+                gpu.load(as_lanes(array, 4), index, None)
+        gpu.load(as_lanes(x[1:], 4), 3, None)
+        gpu.load(as_lanes(x, 2), 2, None)
 
     def test_from_another_element_on(self):
         x = aligned(9)
@@ -227,11 +290,17 @@ BROKEN = {
     "rows' pieces count alike": (
         rows, "_size", swapped_size(rows._size), (131, 24), AssertionError,
     ),
-    "the first block takes itself for the last": (
-        vector, "arrive", lambda counters, index, last: last, (131, 24), AssertionError,
+    "blocks of planes do not wait": (
+        vector, "awaited", lambda counters, index: False, (2, 3, 24, 25), AssertionError,
+    ),
+    "blocks of rows do not wait": (
+        vector, "awaited", lambda counters, index: False, (131, 24), AssertionError,
+    ),
+    "one slot for all": (
+        sweep, "keep", lambda slots, index, packed: gpu.keep(slots, 0, packed), (131, 24), KeyError,
     ),
     "neighbours with a word in common part": (
-        sweep, "_next", running_ahead, (2, 3, 24, 25), AssertionError,
+        sweep, "_next", running_ahead, (4, 3, 24, 25), AssertionError,
     ),
     "a plane more": (
         sweep, "inside", lambda piece, place: place.s < piece.s_end, (9, 5, 13), IndexError,
