@@ -104,7 +104,8 @@ class Shape(NamedTuple):
     crew: int
     across: int
     below: int
-    rounds: int  # how often a thread loads, at most
+    along: int  # turns of a thread along a plane
+    rounds: int  # turns of a thread, at most
     beside: int  # 2**beside channels are put together side by side, by all threads of a block
     share: int  # how many channels of a group one of its blocks puts together
     lasting: int = -1  # of two sweeps, the first task that L2 keeps for the second; else -1

@@ -354,6 +354,26 @@ def anew(typing_context, value):
 
 
 @intrinsic
+def small(typing_context, value):
+    """Give an integer of which LLVM knows that it is not negative and has 32 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.zext(builder.trunc(args[0], _I32), _I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def less(typing_context, a, b):
+    """Whether ``a < b``, of integers that are not negative and have 32 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.icmp_unsigned("<", *(builder.trunc(each, _I32) for each in args))
+
+    return types.boolean(types.int64, types.int64), codegen
+
+
+@intrinsic
 def quotient(typing_context, a, b):
     """Divide numbers that are not negative: ``a // b``."""
 
@@ -365,13 +385,13 @@ def quotient(typing_context, a, b):
 
 @intrinsic
 def reciprocal(typing_context, value):
-    """``1 / value``, of float32 in one instruction and to a unit in the last place."""
+    """``1 / value``, of normal float32 in one instruction and to a unit in the last place."""
 
     def codegen(context, builder, signature, args):
         if value == types.float64:
             return builder.fdiv(_DOUBLE(1.0), args[0])
         kind = ir.FunctionType(_FLOAT, [_FLOAT])
-        return builder.asm(kind, "rcp.approx.f32 $0, $1;", "=f,f", args, side_effect=False)
+        return builder.asm(kind, "rcp.approx.ftz.f32 $0, $1;", "=f,f", args, side_effect=False)
 
     return value(value), codegen
 

@@ -6,11 +6,12 @@ along the places, and below one another along the planes. The sums of a piece, a
 pieces are put together, depend on nothing that `schedule` leaves to the GPU.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from .sweep import (
     Piece,
-    Place,
     index_of,
     loaded_dy_x,
     loaded_x,
@@ -20,6 +21,7 @@ from .sweep import (
     write_normalized,
 )
 from .target import (
+    anew,
     any_of,
     barrier,
     block,
@@ -73,6 +75,13 @@ from .vector import (
 )
 
 
+class Corner(NamedTuple):
+    """Where a piece begins."""
+
+    n: Any
+    s: Any
+
+
 @device
 def _crew(shape):
     """Which of a block's crews a thread is of."""
@@ -101,28 +110,34 @@ def _leads(shape, c):
 def _corner(shape, index):
     """First plane and place of a piece of any channel."""
     plane = quotient(index, shape.per_plane)
-    return Place(plane * shape.planes, (index - plane * shape.per_plane) * shape.places)
+    return Corner(plane * shape.planes, (index - plane * shape.per_plane) * shape.places)
+
+
+@device
+def _ends(shape, first):
+    """Where a piece ends."""
+    return min(first.n + shape.planes, shape.N), min(first.s + shape.places, shape.S)
 
 
 @device
 def _size(shape, index):
     """How many numbers a piece has."""
     first = _corner(shape, index)
-    n_end, s_end = min(first.n + shape.planes, shape.N), min(first.s + shape.places, shape.S)
+    n_end, s_end = _ends(shape, first)
     return np.float64((n_end - first.n) * (s_end - first.s))
 
 
 @device
 def _piece(x, shape, c, index):
     first = _corner(shape, index)
+    n_end, s_end = _ends(shape, first)
     t = thread() & ((1 << shape.crew) - 1)
     side = t & ((1 << shape.across) - 1)
-    n_end = min(first.n + shape.planes, shape.N) if c < shape.C else 0
-    s_end = min(first.s + shape.places, shape.S)
+    n, s = first.n + (t >> shape.across), first.s + side * width(x)
+    planes = max(n_end - n, 0) if c < shape.C else 0
     return Piece(
-        False, c, shape.C,
-        first.n + (t >> shape.across), n_end, shape.below,
-        first.s + side * width(x), s_end, width(x) << shape.across, s_end + side * width(x),
+        False, c, shape.C, n, s, planes, max(s_end - s, 0),
+        shape.below, width(x) << shape.across, shape.along,
     )  # fmt: skip
 
 
@@ -130,23 +145,25 @@ def _piece(x, shape, c, index):
 
 
 @device
-def _anchor(x, piece, first):
+def _anchor(x, shape, c, index):
     """Choose a number that is none of the piece's extremes: of three, the middle one."""
     none = zeros(x.at)
-    if piece.c >= piece.c_end:
+    if c >= shape.C:
         return none
-    last = Place(min(first.n + piece.n_step, piece.n_end) - 1, piece.s_end - 1)
-    middle = Place((first.n + last.n) >> 1, (first.s + last.s) >> 1)
-    a, b = get(x.at, index_of(x, piece, first)), get(x.at, index_of(x, piece, middle))
-    c = get(x.at, index_of(x, piece, last))
-    return finite_or_zero(median(none + a, none + b, none + c))
+    first = _corner(shape, index)
+    n_end, s_end = _ends(shape, first)
+    a = get(x.at, index_of(x, first.n, c, first.s))
+    b = get(x.at, index_of(x, (first.n + n_end - 1) >> 1, c, (first.s + s_end - 1) >> 1))
+    return finite_or_zero(
+        median(none + a, none + b, none + get(x.at, index_of(x, n_end - 1, c, s_end - 1)))
+    )
 
 
 @device
 def _piece_moments(x, shape, c, index, sums, held, policy):
     """Take mean and M2 of a piece, known to every thread of its crew, and hold it."""
     piece = _piece(x.at, shape, c, index)
-    anchor = _anchor(x, piece, _corner(shape, index))
+    anchor = _anchor(x, shape, c, index)
     size, crew = _size(shape, index), 1 << shape.crew
     shift = m2 = 0.0
     attempt = AS_IT_IS
@@ -234,7 +251,9 @@ def forward_planes(maps, parameters, settings, memory, shape):
         barrier()
         if _leads(shape, c) and index == 0:
             save_moments(c, count, mean, m2, parameters, settings)
-        _write_y(maps, settings, shape, c, index, turns, constants, passing(), lasting())
+        _write_y(
+            maps, settings, shape, anew(c), anew(index), turns, constants, passing(), lasting()
+        )
 
 
 # Backward.

@@ -12,8 +12,7 @@ import numpy as np
 
 from .sweep import (
     Piece,
-    Place,
-    load_at,
+    index_of,
     loaded_dy_x,
     loaded_x,
     thread_moments,
@@ -31,6 +30,7 @@ from .target import (
     finite_or_zero,
     get,
     lasting,
+    load,
     median,
     no_slots,
     passing,
@@ -44,6 +44,7 @@ from .target import (
     unpack,
     wide,
     width,
+    zeros,
 )
 from .vector import (
     AS_IT_IS,
@@ -103,26 +104,32 @@ def _has_channel(x, shape, group):
 
 
 @device
-def _first(shape, index):
-    """Where a piece begins."""
-    n = quotient(index, shape.per_plane)
-    return Place(n, (index - n * shape.per_plane) * shape.places)
+def _plane(shape, index):
+    """Which plane a piece is of."""
+    return quotient(index, shape.per_plane)
+
+
+@device
+def _row(shape, index):
+    """Where in its plane a piece begins."""
+    return (index - _plane(shape, index) * shape.per_plane) * shape.places
 
 
 @device
 def _size(shape, index):
     """How many rows a piece has."""
-    first = _first(shape, index).s
-    return np.float64(min(first + shape.places, shape.S) - first)
+    row = _row(shape, index)
+    return np.float64(min(row + shape.places, shape.S) - row)
 
 
 @device
 def _piece(x, shape, group, index):
-    first = _first(shape, index)
+    row = _row(shape, index)
+    s = row + (thread() >> shape.across)
     return Piece(
         True, group * _columns(x, shape) + _lane_column(x, shape), shape.C,
-        first.n, first.n + 1, 1,
-        first.s + (thread() >> shape.across), min(first.s + shape.places, shape.S), shape.below, 0,
+        _plane(shape, index), s, 1, max(min(row + shape.places, shape.S) - s, 0),
+        1, shape.below, shape.along,
     )  # fmt: skip
 
 
@@ -138,33 +145,30 @@ def _shared_column(shape, group, columns, index, turn):
 
 
 @device
-def _anchor_rows(shape, index):
-    """Three rows of a piece."""
-    first = _first(shape, index)
-    last = min(first.s + shape.places, shape.S) - 1
-    return first, Place(first.n, (first.s + last) >> 1), Place(first.n, last)
-
-
-@device
-def _anchor(x, shape, piece, index):
+def _anchor(x, shape, group, index):
     """Choose a number of each column that is none of its extremes: of three, the middle one."""
-    p, q, r = _anchor_rows(shape, index)
-    a, b = unpack(load_at(x, piece, p, lasting())), unpack(load_at(x, piece, q, lasting()))
-    return finite_or_zero(median(a, b, unpack(load_at(x, piece, r, lasting()))))
+    n, c = _plane(shape, index), group * _columns(x.at, shape) + _lane_column(x.at, shape)
+    first = _row(shape, index)
+    last = min(first + shape.places, shape.S) - 1
+    if c >= shape.C:
+        return zeros(x.at)
+    a = unpack(load(x.at, index_of(x, n, c, first), lasting()))
+    b = unpack(load(x.at, index_of(x, n, c, (first + last) >> 1), lasting()))
+    return finite_or_zero(median(a, b, unpack(load(x.at, index_of(x, n, c, last), lasting()))))
 
 
 @device
 def _pivot(x, shape, group, index):
     """Give the anchor of a thread's column."""
-    p, q, r = _anchor_rows(shape, index)
-    c = _channel(x.at, shape, group)
+    n, c = _plane(shape, index), _channel(x.at, shape, group)
+    first = _row(shape, index)
+    last = min(first + shape.places, shape.S) - 1
     if c >= shape.C:
         return 0.0
-    first = p.n * x.dn + c * x.dc
     none = spread(x.at, 0.0)
-    a = none + np.float64(get(x.at, first + p.s * x.ds))
-    b = none + np.float64(get(x.at, first + q.s * x.ds))
-    chosen = median(a, b, none + np.float64(get(x.at, first + r.s * x.ds)))
+    a = none + np.float64(get(x.at, index_of(x, n, c, first)))
+    b = none + np.float64(get(x.at, index_of(x, n, c, (first + last) >> 1)))
+    chosen = median(a, b, none + np.float64(get(x.at, index_of(x, n, c, last))))
     return total(finite_or_zero(chosen)) / np.float64(width(x.at))
 
 
@@ -176,7 +180,7 @@ def _piece_moments(x, shape, group, index, stage, held, policy):
     wanted = AS_IT_IS  # by the thread's column
     for attempt in range(3):
         scale = scale_of(x.at, attempt)
-        anchor = _anchor(x, shape, piece, anew(index))  # else its places take registers
+        anchor = _anchor(x, shape, group, anew(index))  # else its places take registers
         moments, turns = thread_moments(x, piece, shape.rounds, anchor, scale, held, policy)
         far = column_sum(staged(totals(moments, scale), stage), stage, columns)
         near = far / _size(shape, index)
@@ -260,10 +264,11 @@ def forward_rows(maps, parameters, settings, memory, shape):
     for task in range(block(), shape.groups * shape.pieces, blocks()):
         group = quotient(task, shape.pieces)
         index = task - group * shape.pieces
-        c, there = _channel(kind, shape, group), _has_channel(kind, shape, group)
-        if there:
-            fetch_parameters(c, parameters)
+        if _has_channel(kind, shape, group):
+            fetch_parameters(_channel(kind, shape, group), parameters)
         mean, m2, turns = _piece_moments(maps.x, shape, group, index, stage, held, passing())
+        # Else they take registers while pieces are summed.
+        c, there = _channel(kind, shape, anew(group)), _has_channel(kind, shape, anew(group))
         if shape.pieces > 1:
             if there:
                 put_moments(memory, shape, c, index, _size(shape, index), mean, m2)
@@ -277,7 +282,9 @@ def forward_rows(maps, parameters, settings, memory, shape):
         barrier()
         if there and shape.pieces == 1:
             save_moments(c, count, mean, m2, parameters, settings)
-        _write_y(maps, settings, shape, group, index, turns, stage, passing(), lasting())
+        _write_y(
+            maps, settings, shape, anew(group), anew(index), turns, stage, passing(), lasting()
+        )
 
 
 # Backward.

@@ -38,13 +38,13 @@ def _depth(accesses: int, arrays: int) -> int:
 
 def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     N, C, S = sizes
-    along = _ceil(S, width)  # accesses of a plane
-    depth = _depth(N * C * along, arrays)
+    accesses = _ceil(S, width)  # of a plane
+    depth = _depth(N * C * accesses, arrays)
     crew = _exponent(THREADS)
-    across = min(_exponent(along), _exponent(WARP))
-    if _ceil(along, 1 << across) * _ceil(N, WARP >> across) <= TURNS:
+    across = min(_exponent(accesses), _exponent(WARP))
+    if _ceil(accesses, 1 << across) * _ceil(N, WARP >> across) <= TURNS:
         crew = _exponent(WARP)
-    across = min(_exponent(along), crew)
+    across = min(_exponent(accesses), crew)
     below = 1 << crew - across
     side = width << across
     per_row = _ceil(S, side)  # accesses of a thread along a plane
@@ -55,12 +55,13 @@ def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     else:
         planes, places = 1, side * _ceil(per_row, _ceil(per_row, depth))
     per_plane = _ceil(S, places)
-    rounds = _ceil(min(S, places), side) * _ceil(min(N, planes), below)
+    along = _ceil(min(S, places), side)
+    rounds = along * _ceil(min(N, planes), below)
     pieces = per_plane * _ceil(N, planes)
     groups = _ceil(C, THREADS >> crew)
     return Shape(
-        N, C, S, planes, places, per_plane, pieces, groups, crew, across, below, rounds,
-        _beside(pieces), 1,
+        N, C, S, planes, places, per_plane, pieces, groups, crew, across, below, along,
+        rounds, _beside(pieces), 1,
     )  # fmt: skip
 
 
@@ -72,9 +73,10 @@ def _rows(sizes: tuple[int, int, int], width: int, arrays: int, across: int) -> 
     rows = _ceil(_ceil(S, per_plane), below) * below
     per_plane = _ceil(S, rows)
     pieces, columns = N * per_plane, width << across
+    rounds = _ceil(min(S, rows), below)
     return Shape(
         N, C, S, 1, rows, per_plane, pieces, _ceil(C, columns), _exponent(THREADS), across, below,
-        _ceil(min(S, rows), below), _beside(pieces), _ceil(columns, pieces),
+        rounds, rounds, _beside(pieces), _ceil(columns, pieces),
     )  # fmt: skip
 
 

@@ -349,6 +349,16 @@ def anew(value: int) -> int:
     return value
 
 
+def small(value: int) -> int:
+    if not 0 <= value < 1 << 32:
+        raise OverflowError(f"expected an integer of 32 bits, got {value}")
+    return value
+
+
+def less(a: int, b: int) -> bool:
+    return small(a) < small(b)
+
+
 def quotient(a: int, b: int) -> int:
     return a // b
 

