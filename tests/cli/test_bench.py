@@ -17,7 +17,7 @@ from rich.console import Console
 import numbabn
 from numbabn import reference
 from numbabn.cli import bench, main
-from numbabn.cli.bench import environment, measurement, oracle, peers, report, suites
+from numbabn.cli.bench import devices, environment, measurement, oracle, peers, report, suites
 from numbabn.cli.bench.arrays import EPS, make
 from numbabn.cli.bench.cases import DTYPES, TRAFFIC, Case
 from numbabn.cli.bench.devices import cpu_limits as limits
@@ -541,7 +541,11 @@ def test_progress_on_a_terminal_only():
         (["--op", "fold"], "expected some of forward, inference, backward, add_relu, with commas"),
         (["--op", ","], "got ','"),
         (["--dtype", "float32,int8"], "got 'float32,int8'"),
-        (["--device", "cuda"], "--device: cuda is not there yet, expected cpu"),
+        (["--device", "cuda", "--threads", "2"], "--threads: expected none with --device cuda"),
+        (
+            ["--device", "cuda", "--against", "numpy,torch"],
+            "--against: expected some of torch with --device cuda, got numpy",
+        ),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--threads", "4096"], "--threads: expected at most numba's "),
         (["--threads", "0"], "expected a whole number, 1 or more, got '0'"),
@@ -560,6 +564,16 @@ def test_wrong_use_takes_one_line(capsys, argv, message):
     assert message in err
 
 
+def test_a_device_that_is_not_there_takes_one_line(capsys, monkeypatch):
+    def nothing():
+        raise RuntimeError("CUDA arrays: expected NVIDIA's driver and a device, got none: a reason")
+
+    monkeypatch.setattr(devices, "cuda_backend", nothing)
+    assert main(["bench", "40x3", "--device", "cuda"]) == 2
+    message = "CUDA arrays: expected NVIDIA's driver and a device, got none: a reason\n"
+    assert capsys.readouterr().err == f"numbabn: --device: {message}"
+
+
 def test_a_refused_dtype_takes_one_line(capsys, monkeypatch):
     def refuse(x):
         raise TypeError(f"x: expected something else, got {x.dtype}")
@@ -574,6 +588,7 @@ def test_a_refused_dtype_takes_one_line(capsys, monkeypatch):
 def test_against_what_is_installed(capsys, monkeypatch):
     monkeypatch.setattr(peers, "missing", lambda name: ["onnx"] * (name == "onnxruntime"))
     assert bench._peers(["all"], "cpu") == ["numpy", "torch", "jax"]
+    assert bench._peers(["all"], "cuda") == ["torch"]
     assert main(["bench", "40x3", "--against", "numpy,onnxruntime"]) == 2
     message = "--against: onnxruntime not found: pip install onnx\n"
     assert capsys.readouterr().err == f"numbabn: {message}"

@@ -74,7 +74,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--device",
         choices=devices.NAMES,
         default="cpu",
-        help="where to compute; cuda is not there yet (default: %(default)s)",
+        help="where to compute and what to time: cuda by events on the device itself, which is "
+        "the first that CUDA_VISIBLE_DEVICES leaves (default: %(default)s)",
     )
     add(
         "--batch",
@@ -87,14 +88,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--threads",
         type=whole_number(1),
         metavar="N",
-        help="for numbabn, the limit and the peers (default: numba's)",
+        help="for numbabn, the limit and the peers, on the CPU alone (default: numba's)",
     )
     add(
         "--against",
         type=names_of([*peers.NEEDS, ALL]),
         default=[],
         metavar="PEERS",
-        help=f"some of {', '.join(peers.NEEDS)}, or all: those installed (default: none)",
+        help=f"some of {', '.join(peers.NEEDS)}, or all: those installed; on cuda "
+        f"{', '.join(peers.ON['cuda'])} (default: none)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -122,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
     from . import report
 
-    if args.device != "cpu":
-        raise CommandError("--device: cuda is not there yet, expected cpu")
+    if args.threads is not None and args.device != "cpu":
+        raise CommandError(f"--threads: expected none with --device {args.device}")
     cases = suites.choose(args.what, args.op, args.layout, args.dtype, args.batch)
     names = _peers(args.against, args.device)
     device = _device(args.device, args.dtype)

@@ -32,8 +32,12 @@ def threads(wanted: int | None) -> Iterator[int]:
 
 def gather(threads: int, device: Device) -> dict[str, Any]:
     """Collect what the figures depend on beside the code; peers come later."""
-    return info.gather() | {
-        "gpu": device.facts(),
+    facts, gpu = info.gather(), device.facts()
+    if gpu is not None:
+        drivers = [found["driver_version"] for found in facts["cuda_devices"]]
+        gpu["driver_version"] = drivers[0] if drivers else None
+    return facts | {
+        "gpu": gpu,
         "notes": device.notes._asdict(),
         "cpu_model": cpu_model(),
         "threads_used": threads,

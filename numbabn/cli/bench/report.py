@@ -15,7 +15,7 @@ from .measurement import Result, group_of, means
 from .sampling import LEAST, Timing
 
 WIDTH = 100  # of running text
-MARKS = {"plain": "p", "non-temporal": "n", "plain, one thread": "1"}
+MARKS = {"plain": "p", "non-temporal": "n", "plain, one thread": "1", "driver": "d", "kernel": "k"}
 
 
 def show(console: Console, found: list[Result], peers: list[str], facts: dict[str, Any]) -> None:
@@ -135,7 +135,8 @@ def _disturbances(timed: list[Result], why: str) -> str:
 def place(facts: dict[str, Any]) -> str:
     """Say in one line where the numbers were got."""
     versions = {"numbabn": facts["versions"]["numbabn"], **facts["peers"]}
-    return _on_cpu(facts) + "".join(f", {name} {version}" for name, version in versions.items())
+    where = _on_cpu(facts) if facts["gpu"] is None else _on_gpu(facts["gpu"])
+    return where + "".join(f", {name} {version}" for name, version in versions.items())
 
 
 def _on_cpu(facts: dict[str, Any]) -> str:
@@ -143,6 +144,16 @@ def _on_cpu(facts: dict[str, Any]) -> str:
     return (
         f"{threads} thread{'s' * (threads > 1)} on {facts['cpu_model']} ({facts['cpu']['name']})"
         + ("" if load is None else f", load {load:.1f} at the start")
+    )
+
+
+def _on_gpu(gpu: dict[str, Any]) -> str:
+    capability = ".".join(map(str, gpu["compute_capability"]))
+    driver = gpu["driver_version"]
+    return (
+        f"Device time on {gpu['name']} (compute capability {capability}, "
+        f"{gpu['multiprocessors']} multiprocessors, {gpu['l2_bytes'] / 2**20:.0f} MiB of L2)"
+        + ("" if driver is None else f", driver {driver}")
     )
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ....backends import cuda_backend
 from ..arrays import Arrays
 from ..sampling import Call, Clock
 
@@ -53,7 +54,18 @@ class Device(ABC):
 
 
 def find(name: str) -> Device:
-    """Return a device by its name."""
+    """Return a device by its name.
+
+    Raises
+    ------
+    RuntimeError
+        If this machine has none.
+    """
+    if name == "cuda":
+        cuda_backend()
+        from .cuda import CUDA
+
+        return CUDA()
     from .cpu import CPU
 
     return CPU()

@@ -25,7 +25,8 @@ NEEDS = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "jax": ("jax",),
 }
-ON = {"cpu": tuple(NEEDS)}  # which there are on each device
+# Which there are on each device. JAX's call waits for its result, so that events cannot time it.
+ON = {"cpu": tuple(NEEDS), "cuda": ("torch",)}
 # A program by name would find another numbabn than this where this one is not installed.
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1));"
