@@ -14,7 +14,7 @@ _INSTALL = 'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
 
 
 @cache
-def _cuda() -> Any:
+def cuda_backend() -> Any:
     """Import what computes on CUDA devices.
 
     Raises
@@ -40,7 +40,7 @@ def backend_of(name: str, array: Any) -> Any:
         If it is no array that numbabn computes on.
     """
     if type(array) is DeviceArray:
-        return _cuda()
+        return cuda_backend()
     if library_of(array) == "numpy":
         return cpu
     kind = type(array).__qualname__
@@ -69,7 +69,7 @@ def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
     if host is not None:
         kind = type(first).__qualname__
         raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {host}")
-    seen: Iterable[Any] = _cuda().borrow(stream, arrays)
+    seen: Iterable[Any] = cuda_backend().borrow(stream, arrays)
     return seen
 
 

@@ -17,13 +17,14 @@ from rich.console import Console
 import numbabn
 from numbabn import reference
 from numbabn.cli import bench, main
-from numbabn.cli.bench import environment, limits, measurement, oracle, peers, report, suites
+from numbabn.cli.bench import devices, environment, measurement, oracle, peers, report, suites
 from numbabn.cli.bench.arrays import EPS, make
 from numbabn.cli.bench.cases import DTYPES, TRAFFIC, Case
+from numbabn.cli.bench.devices import cpu_limits as limits
 from numbabn.cli.bench.measurement import PeerResult, Result
 from numbabn.cli.bench.oracle import Check
 from numbabn.cli.bench.peers import worker
-from numbabn.cli.bench.sampling import LEAST, Sample, Sampler, Timing
+from numbabn.cli.bench.sampling import LEAST, Sample, Sampler, Timing, WallClock, in_turn
 from numbabn.cli.command import CommandError
 
 ROOT = Path(numbabn.__file__).parents[1]
@@ -153,12 +154,44 @@ def test_timing_leaves_out_the_disturbed():
 
 def test_sampler_times_single_calls():
     calls = []
-    sampler = Sampler(lambda: calls.append(None))
+    sampler = Sampler(lambda: calls.append(None), WallClock())
     before = len(calls)
     sample = sampler.sample()
     assert len(calls) - before == sampler.calls + 1  # one to warm the caches
     assert 0 < sample.seconds < 1e-3 < sampler.calls * 1.0
     assert sampler.samples == [sample]
+
+
+class SlowClock:
+    """One on which a call takes a given time, and nothing is called."""
+
+    least, most = 1.0, 50
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.asked = []
+
+    def time(self, call, calls):
+        self.asked.append(calls)
+        return Sample(self.seconds, False)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(2.0, 1), (0.3, 4), (0.001, 50), (0.0, 50)])
+def test_sampler_calls_as_often_as_its_clock_wants(seconds, calls):
+    clock = SlowClock(seconds)
+    sampler = Sampler(lambda: None, clock)
+    assert sampler.calls == calls
+    assert sampler.sample() == Sample(seconds, False)
+    assert clock.asked[-1] == calls
+    assert 1 <= sampler.per_turn <= 20
+
+
+def test_calls_in_turn():
+    made = []
+    call = in_turn([lambda k=k: made.append(k) for k in range(3)])
+    for _ in range(7):
+        call()
+    assert made == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -508,7 +541,12 @@ def test_progress_on_a_terminal_only():
         (["--op", "fold"], "expected some of forward, inference, backward, add_relu, with commas"),
         (["--op", ","], "got ','"),
         (["--dtype", "float32,int8"], "got 'float32,int8'"),
-        (["--device", "cuda"], "--device: cuda is not there yet, expected cpu"),
+        (["--device", "cuda", "--threads", "2"], "--threads: expected none with --device cuda"),
+        (
+            ["--device", "cuda", "--against", "numpy,torch"],
+            "--against: expected some of torch with --device cuda, got numpy",
+        ),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--threads", "4096"], "--threads: expected at most numba's "),
         (["--threads", "0"], "expected a whole number, 1 or more, got '0'"),
         (["--batch", "no"], "expected a whole number, 1 or more, got 'no'"),
@@ -526,6 +564,16 @@ def test_wrong_use_takes_one_line(capsys, argv, message):
     assert message in err
 
 
+def test_a_device_that_is_not_there_takes_one_line(capsys, monkeypatch):
+    def nothing():
+        raise RuntimeError("CUDA arrays: expected NVIDIA's driver and a device, got none: a reason")
+
+    monkeypatch.setattr(devices, "cuda_backend", nothing)
+    assert main(["bench", "40x3", "--device", "cuda"]) == 2
+    message = "CUDA arrays: expected NVIDIA's driver and a device, got none: a reason\n"
+    assert capsys.readouterr().err == f"numbabn: --device: {message}"
+
+
 def test_a_refused_dtype_takes_one_line(capsys, monkeypatch):
     def refuse(x):
         raise TypeError(f"x: expected something else, got {x.dtype}")
@@ -539,7 +587,8 @@ def test_a_refused_dtype_takes_one_line(capsys, monkeypatch):
 
 def test_against_what_is_installed(capsys, monkeypatch):
     monkeypatch.setattr(peers, "missing", lambda name: ["onnx"] * (name == "onnxruntime"))
-    assert bench._peers(["all"]) == ["numpy", "torch", "jax"]
+    assert bench._peers(["all"], "cpu") == ["numpy", "torch", "jax"]
+    assert bench._peers(["all"], "cuda") == ["torch"]
     assert main(["bench", "40x3", "--against", "numpy,onnxruntime"]) == 2
     message = "--against: onnxruntime not found: pip install onnx\n"
     assert capsys.readouterr().err == f"numbabn: {message}"
@@ -547,7 +596,7 @@ def test_against_what_is_installed(capsys, monkeypatch):
 
 def test_a_peer_that_cannot_start_takes_one_line(capsys, monkeypatch):
     monkeypatch.setitem(peers.NEEDS, "nothing", ())
-    monkeypatch.setattr(bench, "_peers", lambda against: ["nothing"])
+    monkeypatch.setattr(bench, "_peers", lambda against, device: ["nothing"])
     assert main(["bench", "40x3"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("numbabn: --against: nothing: ModuleNotFoundError: ")
@@ -565,7 +614,7 @@ def test_cpu_model_as_linux_tells_it(monkeypatch, tmp_path):
 def test_import_loads_no_extra():
     code = (
         "import sys, numbabn.cli.bench.peers.worker;"
-        "extras = {'matplotlib', 'rich', 'torch', 'jax', 'onnx', 'onnxruntime'};"
+        "extras = {'matplotlib', 'rich', 'torch', 'jax', 'onnx', 'onnxruntime', 'numba_cuda'};"
         "sys.exit(bool(extras & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

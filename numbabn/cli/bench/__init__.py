@@ -15,7 +15,7 @@ from ..command import (
     whole_number,
     write_json,
 )
-from . import calls, environment, peers, suites
+from . import calls, devices, environment, peers, suites
 from .cases import DTYPES, LAYOUTS, TRAFFIC, Case
 from .measurement import Budget, Result, means, measure
 
@@ -72,9 +72,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     add(
         "--device",
-        choices=("cpu", "cuda"),
+        choices=devices.NAMES,
         default="cpu",
-        help="where to compute; cuda is not there yet (default: %(default)s)",
+        help="where to compute and what to time: cuda by events on the device itself, which is "
+        "the first that CUDA_VISIBLE_DEVICES leaves (default: %(default)s)",
     )
     add(
         "--batch",
@@ -87,14 +88,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--threads",
         type=whole_number(1),
         metavar="N",
-        help="for numbabn, the limit and the peers (default: numba's)",
+        help="for numbabn, the limit and the peers, on the CPU alone (default: numba's)",
     )
     add(
         "--against",
         type=names_of([*peers.NEEDS, ALL]),
         default=[],
         metavar="PEERS",
-        help=f"some of {', '.join(peers.NEEDS)}, or all: those installed (default: none)",
+        help=f"some of {', '.join(peers.NEEDS)}, or all: those installed; on cuda "
+        f"{', '.join(peers.ON['cuda'])} (default: none)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -122,17 +124,15 @@ def run(args: argparse.Namespace) -> int:
 
     from . import report
 
-    if args.device != "cpu":
-        raise CommandError("--device: cuda is not there yet, expected cpu")
+    if args.threads is not None and args.device != "cpu":
+        raise CommandError(f"--threads: expected none with --device {args.device}")
     cases = suites.choose(args.what, args.op, args.layout, args.dtype, args.batch)
-    for dtype in args.dtype:
-        if (refusal := calls.refusal(dtype)) is not None:
-            raise CommandError(f"--dtype: numbabn refuses {dtype}: {refusal}")
-    names = _peers(args.against)
+    names = _peers(args.against, args.device)
+    device = _device(args.device, args.dtype)
     console = Console(stderr=args.json == Path("-"), highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = report.WIDTH
-    found, facts = _measure(args, cases, names, console)
+    found, facts = _measure(args, cases, names, device, console)
     report.show(console, found, names, facts)
     if args.plot:
         from . import figure
@@ -145,7 +145,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    args: argparse.Namespace, cases: list[Case], names: list[str], console: "Console"
+    args: argparse.Namespace,
+    cases: list[Case],
+    names: list[str],
+    device: devices.Device,
+    console: "Console",
 ) -> tuple[list[Result], dict[str, Any]]:
     """Start the peers and measure every case; return the results and where they were got."""
     from . import report
@@ -153,12 +157,12 @@ def _measure(
     budget = Budget(args.seconds, args.repeats)
     with environment.threads(args.threads) as threads, ExitStack() as stack:
         with console.status("Starting") as status:
-            facts = environment.gather(threads)
+            facts = environment.gather(threads, device)
             running = []
             for name in names:
                 status.update(f"Starting {name}")
                 try:
-                    running.append(stack.enter_context(peers.started(name, threads)))
+                    running.append(stack.enter_context(peers.started(name, threads, args.device)))
                 except peers.PeerError as error:
                     raise CommandError(f"--against: {name}: {error}", code=1) from None
                 facts["peers"][name] = running[-1].version
@@ -166,7 +170,7 @@ def _measure(
         found = []
         for case in cases:
             begin(f"{case.op} {case.layout} {case.name}")
-            found.append(measure(case, budget, running))
+            found.append(measure(case, budget, running, device))
     return found, facts
 
 
@@ -193,11 +197,28 @@ def _picture_file(text: str) -> Path:
     return path
 
 
-def _peers(against: list[str]) -> list[str]:
+def _device(name: str, dtypes: list[str]) -> devices.Device:
+    """Find the device, and see that the library takes the dtypes there."""
+    try:
+        device = devices.find(name)
+        for dtype in dtypes:
+            if (refusal := calls.refusal(dtype, device)) is not None:
+                raise CommandError(f"--dtype: numbabn refuses {dtype}: {refusal}")
+    except RuntimeError as error:
+        raise CommandError(f"--device: {error}") from None
+    return device
+
+
+def _peers(against: list[str], device: str) -> list[str]:
     """List the peers to run; those named must be installed."""
+    able = peers.ON[device]
     if ALL in against:
-        return [name for name in peers.NEEDS if not peers.missing(name)]
+        return [name for name in able if not peers.missing(name)]
     for name in against:
+        if name not in able:
+            raise CommandError(
+                f"--against: expected some of {', '.join(able)} with --device {device}, got {name}"
+            )
         if missing := peers.missing(name):
             raise CommandError(f"--against: {name} not found: pip install {' '.join(missing)}")
     return against

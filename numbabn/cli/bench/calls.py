@@ -9,6 +9,7 @@ import numbabn
 
 from .arrays import EPS, MOMENTUM, Arrays
 from .cases import DTYPES, Case
+from .devices import Device
 
 
 def call_of(case: Case, arrays: Arrays) -> Callable[[], Any]:
@@ -31,10 +32,10 @@ def call_of(case: Case, arrays: Arrays) -> Callable[[], Any]:
     return calls[case.op]
 
 
-def refusal(dtype: str) -> str | None:
-    """Ask the library whether it takes a dtype; return why not."""
+def refusal(dtype: str, device: Device) -> str | None:
+    """Ask the library whether it takes a dtype on a device; return why not."""
     try:
-        numbabn.batch_stats(np.zeros((2, 1), DTYPES[dtype]))
+        numbabn.batch_stats(device.put(np.zeros((2, 1), DTYPES[dtype])))
     except TypeError as error:
         return str(error)
     return None

@@ -11,6 +11,7 @@ import numba
 
 from .. import info
 from ..command import CommandError
+from .devices import Device
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -29,9 +30,15 @@ def threads(wanted: int | None) -> Iterator[int]:
         numba.set_num_threads(before)
 
 
-def gather(threads: int) -> dict[str, Any]:
+def gather(threads: int, device: Device) -> dict[str, Any]:
     """Collect what the figures depend on beside the code; peers come later."""
-    return info.gather() | {
+    facts, gpu = info.gather(), device.facts()
+    if gpu is not None:
+        drivers = [found["driver_version"] for found in facts["cuda_devices"]]
+        gpu["driver_version"] = drivers[0] if drivers else None
+    return facts | {
+        "gpu": gpu,
+        "notes": device.notes._asdict(),
         "cpu_model": cpu_model(),
         "threads_used": threads,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -10,10 +10,10 @@ from typing import Any
 from .arrays import make
 from .calls import call_of
 from .cases import Case
-from .limits import sweeps
+from .devices import Device
 from .oracle import Check, check
 from .peers import Peer, PeerError
-from .sampling import LEAST, SAMPLES_PER_TURN, Sampler, Timing
+from .sampling import LEAST, SAMPLES_PER_TURN, Sampler, Timing, in_turn
 
 PATIENCE = 3  # times the budget, while too few samples of numbabn and the limit are undisturbed
 OWN_PER_TURN = 3  # numbabn's and the limit's share of these, at least, in every turn of theirs
@@ -123,22 +123,24 @@ def means(found: list[Result], peers: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(case: Case, budget: Budget, peers: list[Peer]) -> Result:
+def measure(case: Case, budget: Budget, peers: list[Peer], device: Device) -> Result:
     """Check a case and, if it is right, time it."""
     arrays = make(case)
-    call = call_of(case, arrays)
-    checked = check(case, arrays, call)
+    placed = device.place(arrays)
+    calls = [call_of(case, each) for each in placed]
+    checked = check(case, arrays, device.fetched(calls[0], placed[0], arrays))
     if checked.problem is not None:
         return Result(case, checked)
-    ways = sweeps(arrays.sources, arrays.out)
-    own = {name: Sampler(subject) for name, subject in {"": call, **ways}.items()}
+    ways = device.sweeps(placed)
+    subjects = {"": in_turn(calls), **ways}
+    own = [Sampler(subject, device.clock) for subject in subjects.values()]
     results: dict[str, PeerResult] = {}
     able = [peer for peer in peers if _does(peer, lambda peer: peer.prepare(case), results)]
-    _take_turns(list(own.values()), able, budget, results)
+    _take_turns(own, able, budget, results)
     for peer in able:
         if _does(peer, Peer.release, results):
             results[peer.name] = PeerResult(peer.timings())
-    timing, *limits = (Timing.of(sampler.samples) for sampler in own.values())
+    timing, *limits = (Timing.of(sampler.samples) for sampler in own)
     in_order = {peer.name: results[peer.name] for peer in peers}
     return Result(case, checked, timing, dict(zip(ways, limits, strict=True)), in_order)
 

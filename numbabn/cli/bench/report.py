@@ -15,7 +15,7 @@ from .measurement import Result, group_of, means
 from .sampling import LEAST, Timing
 
 WIDTH = 100  # of running text
-MARKS = {"plain": "p", "non-temporal": "n", "plain, one thread": "1"}
+MARKS = {"plain": "p", "non-temporal": "n", "plain, one thread": "1", "driver": "d", "kernel": "k"}
 
 
 def show(console: Console, found: list[Result], peers: list[str], facts: dict[str, Any]) -> None:
@@ -100,15 +100,16 @@ def footer(found: list[Result], facts: dict[str, Any]) -> str:
         f"{traffic.reads} read{'s' * (traffic.reads > 1)} + {traffic.writes} write"
         for traffic in dict.fromkeys(TRAFFIC[op] for op in TRAFFIC if op in ops)
     )
+    notes = facts["notes"]
     lines = [
-        "ms: median of one call, results preallocated. ±: half the quartiles' distance, in %.",
+        f"ms: median of one call, {notes['timed']}, results preallocated. ±: half the quartiles' "
+        "distance, in %.",
         f"GB/s: traffic of x's size, {conventions}.",
         "limit: a copy (1 read + 1 write), or a triad's traffic (2 reads + 1 write, a ^ b), of the "
-        "same arrays by the same threads, sampled in turns with the kernel; the best of plain (p) "
-        "and non-temporal (n) stores, and of one thread (1) for small arrays.",
+        f"same arrays {notes['limit']}.",
         "of the limit: the limit's time as a fraction of ms.",
-        "Inputs within the cache stay in it: all calls of a case use the same arrays.",
-        _disturbances(right),
+        f"{notes['cache']}.",
+        _disturbances(right, notes["disturbed"]),
         f"{checked}.",
     ]
     if facts["peers"]:
@@ -119,13 +120,13 @@ def footer(found: list[Result], facts: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{place(facts)}."])
 
 
-def _disturbances(timed: list[Result]) -> str:
+def _disturbances(timed: list[Result], why: str) -> str:
     timings = [result.timing for result in timed if result.timing is not None]
     for result in timed:
         for ways in (result.limits, *(peer.timings for peer in result.peers.values())):
             timings += ways.values()
     share = sum(t.left_out for t in timings) / max(1, sum(t.samples for t in timings))
-    text = f"{share:.0%} of the samples are left out: another program took a core meanwhile."
+    text = f"{share:.0%} of the samples are left out: {why}."
     if any(timing.noisy for timing in timings):
         text += f" !: fewer than {LEAST} remained, or none and all are in: not to be relied on."
     return text
@@ -133,12 +134,26 @@ def _disturbances(timed: list[Result]) -> str:
 
 def place(facts: dict[str, Any]) -> str:
     """Say in one line where the numbers were got."""
-    threads, load = facts["threads_used"], facts["load_average"]
     versions = {"numbabn": facts["versions"]["numbabn"], **facts["peers"]}
+    where = _on_cpu(facts) if facts["gpu"] is None else _on_gpu(facts["gpu"])
+    return where + "".join(f", {name} {version}" for name, version in versions.items())
+
+
+def _on_cpu(facts: dict[str, Any]) -> str:
+    threads, load = facts["threads_used"], facts["load_average"]
     return (
         f"{threads} thread{'s' * (threads > 1)} on {facts['cpu_model']} ({facts['cpu']['name']})"
         + ("" if load is None else f", load {load:.1f} at the start")
-        + "".join(f", {name} {version}" for name, version in versions.items())
+    )
+
+
+def _on_gpu(gpu: dict[str, Any]) -> str:
+    capability = ".".join(map(str, gpu["compute_capability"]))
+    driver = gpu["driver_version"]
+    return (
+        f"Device time on {gpu['name']} (compute capability {capability}, "
+        f"{gpu['multiprocessors']} multiprocessors, {gpu['l2_bytes'] / 2**20:.0f} MiB of L2)"
+        + ("" if driver is None else f", driver {driver}")
     )
 
 

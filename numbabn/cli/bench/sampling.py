@@ -1,11 +1,13 @@
-"""How one thing is timed: samples of a millisecond or more, by the median of the undisturbed."""
+"""How one thing is timed: samples of many calls each, by the median of the undisturbed."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median, quantiles
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 try:
     from resource import RUSAGE_SELF, getrusage
@@ -21,7 +23,7 @@ else:
         return getrusage(RUSAGE_SELF).ru_nivcsw
 
 
-SAMPLE = 1e-3  # seconds of a sample at least, by as many calls as that takes
+SAMPLE = 1e-3  # seconds of a sample on the CPU at least
 TURN = 5e-2  # seconds, about, that one process works before the next has its turn
 SAMPLES_PER_TURN = 20
 LEAST = 5  # samples that a median can be relied on for
@@ -30,18 +32,52 @@ Call = Callable[[], object]
 
 
 class Sample(NamedTuple):
-    """Seconds of one call, and whether another program took a core meanwhile."""
+    """Seconds of one call, and whether something else is in them."""
 
     seconds: float
     disturbed: bool
 
 
-def time_calls(call: Call, calls: int) -> float:
-    """Return the seconds that `calls` calls in a row take."""
-    start = perf_counter()
-    for _ in range(calls):
-        call()
-    return perf_counter() - start
+class Clock(Protocol):
+    """How calls are timed on a device.
+
+    Attributes
+    ----------
+    least : float
+        Seconds of a sample at least, by as many calls as that takes.
+    most : int
+        Calls of a sample at most.
+    """
+
+    least: float
+    most: int
+
+    def time(self, call: Call, calls: int) -> Sample:
+        """Time calls in a row; give the seconds of one."""
+
+
+class WallClock:
+    """Time on the CPU; a sample is disturbed if another program took a core meanwhile."""
+
+    least = SAMPLE
+    most = sys.maxsize
+
+    def time(self, call: Call, calls: int) -> Sample:
+        """Time calls in a row; give the seconds of one."""
+        before = _preemptions()
+        start = perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = (perf_counter() - start) / calls
+        return Sample(seconds, _preemptions() > before)
+
+
+def in_turn(calls: list[Call]) -> Call:
+    """Make one call of several, which does the next of them each time, round and round."""
+    if len(calls) == 1:
+        return calls[0]
+    following = cycle(calls).__next__
+    return lambda: following()()
 
 
 class Sampler:
@@ -56,21 +92,24 @@ class Sampler:
     samples : list of Sample
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, clock: Clock) -> None:
         self.samples: list[Sample] = []
-        self._call = call
+        self._call, self._clock = call, clock
         call()  # compiles, loads, touches
         self.calls = 1
-        while (spent := min(time_calls(call, self.calls) for _ in range(2))) < SAMPLE:
-            self.calls *= max(2, math.ceil(min(SAMPLE / max(spent, 1e-9), 10)))
-        self.per_turn = max(1, min(SAMPLES_PER_TURN, round(TURN / spent)))
+        while (spent := self._spent()) < clock.least and self.calls < clock.most:
+            times = max(2, math.ceil(min(clock.least / max(spent, 1e-9), 10)))
+            self.calls = min(clock.most, self.calls * times)
+        self.per_turn = max(1, min(SAMPLES_PER_TURN, round(TURN / max(spent, 1e-9))))
+
+    def _spent(self) -> float:
+        """Try what a sample takes."""
+        return self.calls * min(self._clock.time(self._call, self.calls).seconds for _ in range(2))
 
     def sample(self) -> Sample:
         """Take one sample, behind one call that finds the caches as the last subject left them."""
         self._call()
-        before = _preemptions()
-        seconds = time_calls(self._call, self.calls) / self.calls
-        self.samples.append(Sample(seconds, _preemptions() > before))
+        self.samples.append(self._clock.time(self._call, self.calls))
         return self.samples[-1]
 
     @property

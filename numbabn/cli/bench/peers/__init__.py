@@ -25,6 +25,8 @@ NEEDS = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "jax": ("jax",),
 }
+# Which there are on each device. JAX's call waits for its result, so that events cannot time it.
+ON = {"cpu": tuple(NEEDS), "cuda": ("torch",)}
 # A program by name would find another numbabn than this where this one is not installed.
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1));"
@@ -51,12 +53,15 @@ class Peer:
         A key of `NEEDS`.
     threads : int
         How many it may use.
+    device : str
+        The device's name.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, device: str = "cpu") -> None:
         self.name = name
         self.version = ""
         self._threads = threads
+        self._device = device
         self._process: subprocess.Popen[str] | None = None
         self._samples: dict[str, list[Sample]] = {}
 
@@ -66,7 +71,7 @@ class Peer:
         # Read by OpenMP, MKL, OpenBLAS and XLA when they are loaded.
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(_ROOT), self.name, threads],
+            [sys.executable, "-c", _PROGRAM, str(_ROOT), self.name, threads, self._device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -134,9 +139,9 @@ class Peer:
 
 
 @contextmanager
-def started(name: str, threads: int) -> Iterator[Peer]:
+def started(name: str, threads: int, device: str = "cpu") -> Iterator[Peer]:
     """Start a peer, and end it afterwards."""
-    peer = Peer(name, threads)
+    peer = Peer(name, threads, device)
     try:
         peer.start()
         yield peer

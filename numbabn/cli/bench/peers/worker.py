@@ -1,4 +1,4 @@
-"""The program of a peer's process: ``worker NAME THREADS``.
+"""The program of a peer's process: ``worker NAME THREADS DEVICE``.
 
 Reads requests from standard input, one JSON object a line, and answers each by one line: what was
 asked for, or ``{"error": ...}``. Ends when its input does.
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
-from .. import arrays
+from .. import arrays, devices
 from ..cases import Case
-from ..sampling import Sample, Sampler
+from ..sampling import Sample, Sampler, in_turn
 
 
 class Unable(Exception):  # noqa: N818 - no fault of anyone's
@@ -22,14 +22,16 @@ class Unable(Exception):  # noqa: N818 - no fault of anyone's
 
 def main() -> None:
     """Serve until the input ends."""
-    name, threads = sys.argv[1], int(sys.argv[2])
+    name, threads, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, answers, name, threads)
+    serve(sys.stdin, answers, name, threads, device)
 
 
-def serve(requests: IO[str], answers: IO[str], name: str, threads: int) -> None:
+def serve(
+    requests: IO[str], answers: IO[str], name: str, threads: int, device: str = "cpu"
+) -> None:
     """Answer requests until there are none."""
 
     def answer(content: dict[str, Any]) -> None:
@@ -37,12 +39,14 @@ def serve(requests: IO[str], answers: IO[str], name: str, threads: int) -> None:
         answers.flush()
 
     try:
-        peer = importlib.import_module(f"{__package__}.{name}_peer")
-        answer({"version": peer.load(threads)})
+        module = f"{name}_peer" if device == "cpu" else f"{name}_{device}_peer"
+        peer = importlib.import_module(f"{__package__}.{module}")
+        version = peer.load(threads)
+        session = Session(peer.calls_of, devices.find(device))
+        answer({"version": version})
     except Exception as error:
         answer({"error": _told(error)})
         return
-    session = Session(peer.calls_of)
     for line in requests:
         request = json.loads(line)
         try:
@@ -54,8 +58,13 @@ def serve(requests: IO[str], answers: IO[str], name: str, threads: int) -> None:
 class Session:
     """What the process can be asked for."""
 
-    def __init__(self, calls_of: Callable[[Case, arrays.Arrays], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        calls_of: Callable[[Case, arrays.Arrays], dict[str, Any]],
+        device: devices.Device,
+    ) -> None:
         self._calls_of = calls_of
+        self._device = device
         self._samplers: dict[str, Sampler] = {}
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +72,11 @@ class Session:
         self.release()
         case["shape"] = tuple(case["shape"])
         this = Case(**case)
-        calls = self._calls_of(this, arrays.make(this))
-        self._samplers = {variant: Sampler(call) for variant, call in calls.items()}
+        placed = [self._calls_of(this, each) for each in self._device.place(arrays.make(this))]
+        self._samplers = {
+            variant: Sampler(in_turn([calls[variant] for calls in placed]), self._device.clock)
+            for variant in placed[0]
+        }
         return {}
 
     def sample(self, most: int) -> dict[str, Any]:
