@@ -103,6 +103,17 @@ def _signature(variant: Variant) -> Any:
     return types.void(*(kinds[name] for name in _TAKES[variant.kernel]))
 
 
+def _codes(kind: Any) -> str:
+    if isinstance(kind, types.BaseTuple):
+        return "".join(map(_codes, kind))
+    return "d" if kind == types.float64 else "q"
+
+
+def codes(variant: Variant) -> str:
+    """Give the types of all numbers that a kernel takes, as `struct` has them."""
+    return "".join(map(_codes, _signature(variant).args))
+
+
 def assemble(
     kernel: Callable[..., None], signature: Any, capability: tuple[int, int], *, resident: int
 ) -> Code:
