@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import dispatcher, types
 from numba.cuda.core.compiler_lock import global_compiler_lock
 
-from . import arguments, planes, rows
+from . import arguments, disk, planes, rows
 from .formats import FORMATS, THREADS
 from .intrinsics import Global
 
@@ -141,9 +141,16 @@ def assemble(
 
 @cache
 def compiled(variant: Variant, capability: tuple[int, int]) -> Code:
-    """Compile a variant for a compute capability, once in a process."""
+    """Compile a variant for a compute capability, or find it on disk; once in a process."""
+    name = "{}.sm_{}{}.cubin".format(str(variant).replace(" ", "-"), *capability)
+    found = disk.load(name, RESIDENT)
+    if found is not None:
+        facts, cubin = found
+        return Code(cubin, **facts)
     for resident in RESIDENT:
         code = assemble(function(variant), _signature(variant), capability, resident=resident)
         if not code.spills:
             break
+    facts = code._asdict()
+    disk.save(name, facts, facts.pop("cubin"), RESIDENT)
     return code
