@@ -75,9 +75,8 @@ class _Call:
 
     def memory(self) -> Memory:
         columns = self.width << self.shape.across if self.view == "rows" else 1
-        self.workspace.fit(self.shape, columns, self.like)
-        shared = self.workspace
-        return runner.memory_of(shared.partials, shared.sums, shared.counters)
+        self.shared = self.workspace.fit(self.shape, columns, self.like)
+        return runner.memory_of(*self.shared)
 
     def prepare(self, *kernels: str) -> None:
         """Compile ahead of the first launch, after which nothing must fail."""

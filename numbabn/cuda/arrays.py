@@ -25,6 +25,8 @@ class Library(ABC):
     """What is asked of a library."""
 
     name: str
+    # Whether what is allocated while a CUDA graph is captured is the graph's, as long as it lives.
+    graphs_have_memory = False
 
     @abstractmethod
     def device(self, array: Any) -> int:
@@ -67,6 +69,7 @@ class Library(ABC):
 
 class _Torch(Library):
     name = "PyTorch"
+    graphs_have_memory = True
 
     def __init__(self) -> None:
         self.torch: Any = sys.modules["torch"]
