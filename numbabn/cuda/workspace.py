@@ -67,7 +67,8 @@ class Workspace:
             If it would have to be allocated while the stream is captured into a CUDA graph, by a
             library whose graphs have no memory of their own.
         """
-        sizes = 3 * shape.pieces * shape.groups * columns, 2 * shape.C, shape.groups
+        partials = 3 * shape.pieces * shape.groups * columns
+        sizes: tuple[int, ...] = partials, 2 * shape.C, shape.groups
         place = like.place
         capturing = is_capturing(place.stream)
         if capturing and place.library.graphs_have_memory:

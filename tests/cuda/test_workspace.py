@@ -119,7 +119,7 @@ def test_nothing_is_allocated_for_a_graph_without_memory(capturing, before):
         kept.fit(sizes(*before), 1, like)
     fitted = kept.buffers
     capturing.add(STREAM)
-    with pytest.raises(RuntimeError, match="call once on this stream.*before capturing"):
+    with pytest.raises(RuntimeError, match=r"call once on this stream.*before capturing"):
         kept.fit(sizes(4, 10), 1, like)
     assert kept.buffers is fitted
     capturing.clear()

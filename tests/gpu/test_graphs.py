@@ -161,6 +161,7 @@ def test_two_graphs_of_pytorch_at_once():
         check_same(library, results, bits)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_without_a_call_before(graphs, monkeypatch):
     from numbabn.cuda import launch
 
@@ -168,7 +169,7 @@ def test_without_a_call_before(graphs, monkeypatch):
     library = graphs.library
     x, y = (library.put(cases.normal((20, 5, 65, 67), np.float32)) for _ in range(2))
     weight = library.put(np.ones(5, np.float32))
-    with pytest.raises(RuntimeError, match="CUDA graph: expected .* by an earlier call, got none"):
+    with pytest.raises(RuntimeError, match=r"CUDA graph: expected .* by an earlier call, got none"):
         graphs.captured(lambda: numbabn.batch_norm_inference(x, weight, weight, out=y), warm=False)
     # Afterwards all is as before.
     expected = library.get(numbabn.batch_norm_inference(x, weight, weight))
