@@ -6,8 +6,9 @@ from typing import Any
 
 from cuda.bindings import driver
 
+from .formats import LEGACY
+
 SUCCESS = driver.CUresult.CUDA_SUCCESS
-LEGACY = 1  # handle of the legacy default stream, which 0 stands for where it is no other
 
 
 def checked(result: tuple[Any, ...]) -> Any:

@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Iterable
 from ctypes import addressof, c_int64, c_void_p
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from cuda.bindings import driver
@@ -18,8 +18,8 @@ from ..layout import View
 from ..libraries import DeviceArray, Place
 from .arguments import Map, Memory
 from .compilation import OLDEST, Variant, codes, compiled
-from .driver import LEGACY, SUCCESS, checked, on_device, refuse_to_capture
-from .formats import MOST_BLOCKS, THREADS
+from .driver import SUCCESS, checked, on_device, refuse_to_capture
+from .formats import LEGACY, MOST_BLOCKS, THREADS
 
 __all__ = [
     "capacity",
@@ -36,11 +36,18 @@ _SHARED = 48 << 10  # bytes of a block, where no more has been asked for
 _MOST_NUMBERS = 512  # of a kernel: its arguments take 4 KB at most
 
 
+_NO_MAP = Map(0, 0, 0, 0)
+# Past the constructors of named tuples, as in `layout`.
+_map = partial(tuple.__new__, Map)
+_memory = partial(tuple.__new__, Memory)
+
+
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
     """Pass an array that is moved `width` numbers at a time."""
     if view is None:
-        return Map(0, 0, 0, 0)
-    return Map(view.array.address, *view[1:])
+        return _NO_MAP
+    array, dn, dc, ds = view
+    return _map((array.address, dn, dc, ds))
 
 
 def mask_of(view: View | None) -> Map:
@@ -50,7 +57,7 @@ def mask_of(view: View | None) -> Map:
 
 def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
     """Pass what blocks share."""
-    return Memory(partials.address, sums.address, counters.address)
+    return _memory((partials.address, sums.address, counters.address))
 
 
 class _Kernel:

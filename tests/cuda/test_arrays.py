@@ -26,6 +26,14 @@ def arrays():
 
 
 @pytest.fixture(scope="module")
+def adapters():
+    pytest.importorskip("numba_cuda")
+    from numbabn.cuda import adapters
+
+    return adapters
+
+
+@pytest.fixture(scope="module")
 def torch():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what importing it says is not ours to mend
@@ -38,8 +46,8 @@ def jax():
 
 
 @pytest.fixture
-def adapter(arrays, torch):
-    class OnTheHost(arrays._Torch):
+def adapter(adapters, torch):
+    class OnTheHost(adapters._Torch):
         def _device(self, place):
             return "cpu"
 
@@ -109,7 +117,9 @@ class TestTorch:
     def test_no_numbers_as_they_are(self, torch, adapter):
         with pytest.raises(TypeError, match="x: expected numbers as they are"):
             adapter.view("x", torch.zeros(3, dtype=torch.complex64).conj().imag, HOST)
-        quantized = SimpleNamespace(dtype="torch.quint8", is_neg=lambda: False)
+        quantized = SimpleNamespace(
+            dtype="torch.quint8", shape=(3,), stride=lambda: (1,), is_neg=lambda: False
+        )
         with pytest.raises(TypeError, match=r"x: expected a float dtype, got torch\.quint8"):
             adapter.view("x", quantized, HOST)
 
@@ -160,7 +170,7 @@ class TestStatistics:
 
 
 class TestProtocol:
-    def test_dlpack(self, arrays):
+    def test_dlpack(self, adapters):
         class Array:
             def __init__(self, array):
                 self.array = array
@@ -171,7 +181,7 @@ class TestProtocol:
             def __dlpack__(self, **_):
                 return self.array.__dlpack__()
 
-        adapter = arrays._Protocol()
+        adapter = adapters._Protocol()
         memory = np.zeros((4, 6), np.float32)
         for x in (memory, memory[:, ::2]):
             view = adapter.view("x", Array(x), HOST)
@@ -180,7 +190,7 @@ class TestProtocol:
 
 
 class TestStreams:
-    def test_handles(self, arrays):
+    def test_handles(self, adapters):
         for stream in (
             7,
             np.int64(7),
@@ -189,9 +199,9 @@ class TestStreams:
             SimpleNamespace(handle=7),
             SimpleNamespace(__cuda_stream__=lambda: (0, 7), handle=8),
         ):
-            assert arrays.handle_of(stream) == 7
+            assert adapters.handle_of(stream) == 7
         with pytest.raises(ValueError, match="stream: expected a CUDA stream's handle, got -1"):
-            arrays.handle_of(-1)
+            adapters.handle_of(-1)
         for no_stream in ("7", None, 7.0, True):
             with pytest.raises(TypeError, match="stream: expected None, a CUDA stream or its han"):
-                arrays.handle_of(no_stream)
+                adapters.handle_of(no_stream)
