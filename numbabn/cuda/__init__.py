@@ -1,12 +1,11 @@
 """The five operations on CUDA arrays, as views that `numbabn.layout` made; see `numbabn.cpu`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ..layout import Layout, View
+from ..layout import Layout, Plan, View
 from ..libraries import DeviceArray
 from .arguments import Backward, Forward, Gradients, Memory, Parameters, Settings, Shape, numbers_of
 from .arrays import (
@@ -20,7 +19,7 @@ from .arrays import (
     give,
     upload,
 )
-from .formats import FORMATS
+from .formats import ACCESS, FORMATS
 from .schedule import is_whole, shape_of
 from .target import SIMULATED
 from .workspace import workspace_of
@@ -48,26 +47,23 @@ __all__ = [
 
 
 class _Call:
-    """What all launches of a call share."""
+    """What all launches of a call share.
+
+    They are made on the call's device, under the workspace's lock: nothing of other threads must
+    come in between.
+    """
 
     def __init__(self, layout: Layout, maps: tuple[View | None, ...], mask: View | None) -> None:
         first = next(view for view in maps if view is not None)
         self.like: DeviceArray = first.array
         self.place = self.like.place
         self.view = layout.kind
-        self.format = layout.dtype.name
-        self.width = _width(layout, maps, mask)
-        self.shape: Shape = shape_of(self.view, layout.shape, self.width)
-        self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
+        self.format = self.like.form.name
+        offsets = tuple([view.array.address % ACCESS for view in maps if view is not None])
+        self.width, self.shape, self.tasks = _cut(layout.plan, self.format, offsets)
+        self.maps = tuple([runner.map_of(view, self.width, layout.shape) for view in maps])
         self.mask = runner.mask_of(mask)
-        self.tasks = self.shape.groups * self.shape.pieces
         self.workspace = workspace_of(self.place.device, self.place.stream)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Launch on the call's device, and nothing of other threads in between."""
-        with runner.on_device(self.place.device), self.workspace.lock:
-            yield
 
     def per_channel(self, dtype: Any = np.float64) -> DeviceArray:
         """Allocate one number per channel."""
@@ -90,26 +86,26 @@ class _Call:
         )  # fmt: skip
 
 
-def _width(layout: Layout, maps: tuple[View | None, ...], mask: View | None) -> int:
-    """Choose how many numbers move at a time: as many as lie aligned in every array."""
-    N, C, S = layout.shape
-    planes = layout.kind == "planes"
-    width, itemsize = FORMATS[layout.dtype.name].lanes, layout.dtype.itemsize
-    numbers = [S if planes else C]
-    for view in (*maps, mask):
-        if view is None:
-            continue
-        array, dn, dc, ds = view
+@lru_cache(maxsize=1024)
+def _cut(plan: Plan, format_name: str, offsets: tuple[int, ...]) -> tuple[int, Shape, int]:
+    """Choose how many numbers move at a time, cut the work accordingly, and count its parts.
+
+    As many as lie aligned in every array; `offsets` are bytes behind an aligned address.
+    """
+    width, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
+    N, C, S = plan.shape
+    planes = plan.kind == "planes"
+    numbers = [S if planes else C, *(offset // itemsize for offset in offsets)]
+    for dn, dc, ds in plan.steps:
         inner, between = (ds, dc) if planes else (dc, ds)
         if inner != 1 and numbers[0] != 1:
-            return 1
+            width = 1
         numbers += [dn] if N > 1 else []
         numbers += [between] if (C if planes else S) > 1 else []
-        if view is not mask:
-            numbers.append(array.address // itemsize)
     while any(number % width for number in numbers):
         width //= 2
-    return width
+    shape = shape_of(plan.kind, plan.shape, width)
+    return width, shape, shape.groups * shape.pieces
 
 
 def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:
@@ -119,7 +115,7 @@ def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:
     mean, m2 = call.per_channel(), call.per_channel()
     none = numbers_of(None)
     parameters = Parameters(none, none, none, none, numbers_of(mean), numbers_of(m2), none)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         settings = Settings(0.0, 0.0, 0.0, 0)
         call.launch("statistics", call.maps[0], parameters, settings, call.memory())
     return mean, m2
@@ -137,7 +133,7 @@ def normalize(
     given = Parameters(*map(numbers_of, (*parameters, None, None, None)))
     settings = Settings(eps, 0.0, 0.0, int(relu))
     y, x, residual = call.maps
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         call.launch("normalize", Forward(y, x, residual, call.mask), given, settings)
 
 
@@ -160,7 +156,7 @@ def forward(
     settings = Settings(eps, momentum, correction, int(relu))
     y, x, residual = call.maps
     views = Forward(y, x, residual, call.mask)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         if is_whole(call.shape):
             call.launch("forward", views, given, settings)
         else:
@@ -185,7 +181,7 @@ def backward(
     given = Gradients(*map(numbers_of, (weight, mean, invstd, dweight, dbias)))
     dx, dresidual, dy, x = call.maps
     views = Backward(dx, dresidual, dy, x, call.mask)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         memory = call.memory()
         if is_whole(call.shape):
             call.launch("backward", views, given, int(training), memory)
