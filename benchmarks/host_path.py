@@ -35,11 +35,7 @@ PIECES = {
     "results": [(cuda, "empty"), (cuda, "empty_like"), (cuda, "allocate_mask"), (cuda, "give")],
     "the library's": [(adapters._Torch, "empty"), (adapters._Torch, "clear")],
     "describe": [(cuda, "_Call")],
-    "context": [
-        (cuda._Call, "alone"),
-        (launch.on_device, "__enter__"),
-        (launch.on_device, "__exit__"),
-    ],
+    "context": [(launch.on_device, "__enter__"), (launch.on_device, "__exit__")],
     "launch": [(launch, "launch")],
 }
 OK = bindings.CUresult.CUDA_SUCCESS
@@ -84,9 +80,6 @@ class _Torch(adapters._Torch):
     def __init__(self):
         super().__init__()
         self._handle = lambda ordinal: 7
-
-    def device(self, array):
-        return max(array.get_device(), 0)
 
     def _device(self, place):
         return "cpu"

@@ -83,6 +83,7 @@ class _Torch(Library):
         # The handle itself, which PyTorch's compiled kernels are given: 0.1 microseconds for the 1
         # that a stream with its checks takes.
         self._handle = getattr(self.torch._C, "_cuda_getCurrentRawStream", self._handle_of_stream)
+        self._empty = self.torch.empty_strided
         self._form = lru_cache(_FORMS)(self._form_of)
         self._options = lru_cache(_FORMS)(self._options_of)
 
@@ -109,7 +110,7 @@ class _Torch(Library):
         return handle
 
     def is_beside(self, array: Any, place: Place) -> bool:
-        return type(array) in self._kinds and self.device(array) == place.device
+        return type(array) in self._kinds and bool(array.get_device() == place.device)
 
     def _device(self, place: Place) -> str:
         return f"cuda:{place.device}"
@@ -133,8 +134,11 @@ class _Torch(Library):
 
     def empty(self, form: Form, place: Place) -> Any:
         shape, steps, dtype = self._options(form)
+        device = self._device(place)
+        if not place.given:  # what `_on` knows too, but each result costs its time
+            return self._empty(shape, steps, dtype=dtype, device=device)
         with self._on(place):
-            return self.torch.empty_strided(shape, steps, dtype=dtype, device=self._device(place))
+            return self._empty(shape, steps, dtype=dtype, device=device)
 
     def address(self, array: Any) -> int:
         address: int = array.data_ptr()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from ctypes import addressof, c_int64, c_void_p
 from functools import cache, lru_cache, partial
+from itertools import chain
 from typing import Any
 
 from cuda.bindings import driver
@@ -140,16 +141,17 @@ class _Numbers(threading.local):
 _numbers = _Numbers()
 
 
-def flatten(values: Iterable[Any], into: list[Any]) -> list[Any]:
-    """Put the numbers of nested tuples behind one another; beside a number is no tuple."""
-    for value in values:
-        if not isinstance(value, tuple):
-            into.append(value)
-        elif isinstance(value[0], tuple):
-            flatten(value, into)
+def flatten(arguments: Iterable[Any]) -> list[Any]:
+    """Put behind one another: numbers, those of tuples, and those of tuples of tuples."""
+    numbers: list[Any] = []
+    for each in arguments:
+        if not isinstance(each, tuple):
+            numbers.append(each)
+        elif isinstance(each[0], tuple):
+            numbers += chain.from_iterable(each)
         else:
-            into += value
-    return into
+            numbers += each
+    return numbers
 
 
 @lru_cache(maxsize=1024)
@@ -180,7 +182,7 @@ def launch(
     if shared > loaded.shared:
         loaded.allow(shared)
     numbers = _numbers
-    loaded.pack(numbers.memory, 0, *flatten(arguments, []))
+    loaded.pack(numbers.memory, 0, *flatten(arguments))
     (error,) = driver.cuLaunchKernelEx(
         _config(min(blocks, MOST_BLOCKS), shared, together, place.stream),
         loaded.function, numbers.pointers, 0,

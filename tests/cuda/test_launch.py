@@ -13,6 +13,7 @@ pytest.importorskip("cuda.core", reason="numba-cuda is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from cuda.bindings import driver as real
+from numba.cuda import types
 
 from numbabn.cuda import compilation, driver, launch
 from numbabn.cuda.arguments import Forward, Map, Numbers, Parameters, Settings, Shape
@@ -133,6 +134,15 @@ def test_numbers_arrive_as_the_kernel_takes_them(asked):
     expected = [*[*MAP] * 4, *parameters, 0.5, 0.25, 1.0, 1, *SIZES]
     packed = [struct.pack("d" if isinstance(n, float) else "q", n) for n in expected]
     assert numbers[: len(packed)] == packed
+
+
+def test_tuples_are_flattened_as_deep_as_kernels_take_them():
+    def depth(kind):
+        return 1 + max(map(depth, kind)) if isinstance(kind, types.BaseTuple) else 0
+
+    for variant in compilation.variants():
+        assert max(map(depth, compilation._signature(variant).args)) <= 2
+    assert launch.flatten([1, (2, 3.0), ((4, 5), (6,)), 7.0]) == [1, 2, 3.0, 4, 5, 6, 7.0]
 
 
 def test_every_variant_says_what_numbers_it_takes():
