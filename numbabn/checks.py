@@ -236,6 +236,11 @@ def _apart(a: DeviceArray, b: DeviceArray) -> bool:
     )
 
 
+def _is(a: DeviceArray, b: DeviceArray) -> bool:
+    """Whether both are one array, element for element."""
+    return a.address == b.address and a.form is b.form
+
+
 def _share(a: Any, b: Any) -> bool:
     if not np.may_share_memory(a, b):
         return False
@@ -282,7 +287,9 @@ def writable(
         others = {
             other: array
             for other, array in others.items()
-            if array is not None and not _apart(target, array)
+            if array is not None
+            and not _apart(target, array)
+            and not (other in in_place and _is(target, array))
         }
         if not others and target.writeable and target.form.c_contiguous:
             return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cuda.bindings import nvjitlink, nvvm
+from cuda.bindings import driver, nvjitlink, nvvm
 from numba.core.caching import FunctionCache
 
 from .formats import THREADS
@@ -25,6 +25,14 @@ _DIGEST = hashlib.sha256().digest_size
 _COMPILERS = ("numba-cuda", "numba", "llvmlite", "cuda-core", "cuda-bindings")
 
 
+def _linker() -> Any:
+    """Give the linker's version: the driver's, where there is no other."""
+    try:
+        return nvjitlink.version()
+    except RuntimeError:
+        return driver.cuDriverGetVersion()
+
+
 @cache
 def _stamp() -> str:
     """Name all that decides how a kernel is compiled, beside itself and the device."""
@@ -32,7 +40,7 @@ def _stamp() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     versions: list[Any] = [sys.version_info[:2], *map(version, _COMPILERS)]
-    versions += [nvvm.version(), nvvm.ir_version(), nvjitlink.version(), THREADS]
+    versions += [nvvm.version(), nvvm.ir_version(), _linker(), THREADS]
     digest.update(repr(versions).encode())
     return digest.hexdigest()
 
@@ -60,7 +68,7 @@ def load(name: str, *options: Any) -> tuple[dict[str, Any], bytes] | None:
         return None
     line, _, code = rest.partition(b"\n")
     facts: dict[str, Any] = json.loads(line)
-    return (facts, code) if facts.pop("stamp") == [_stamp(), repr(options)] else None
+    return (facts, code) if facts.pop("stamp", None) == [_stamp(), repr(options)] else None
 
 
 def save(name: str, facts: dict[str, Any], code: bytes, *options: Any) -> None:

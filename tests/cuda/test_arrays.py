@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import numbabn
-from numbabn.libraries import ANY, Place, host_of, library_of, namespace
+from numbabn.libraries import ANY, Place, form_of, host_of, library_of, namespace
 
 HOST = Place(None, 0, 0, False)
 
@@ -52,6 +52,35 @@ def adapter(adapters, torch):
             return "cpu"
 
     return OnTheHost()
+
+
+class TestForms:
+    def test_one_object_for_arrays_of_one_kind(self):
+        shape, strides = (2, 3), (12, 4)
+        form = form_of(shape, strides, np.dtype(np.float32))
+        assert form_of(shape, strides, np.dtype("f4")) is form
+        for other in (
+            form_of(shape, (4, 8), np.dtype(np.float32)),
+            form_of(shape, strides, np.dtype(np.int32)),
+            form_of(shape, strides, np.dtype(">f4")),
+        ):
+            assert other is not form
+
+    @cases.memory
+    def test_reach(self, lay):
+        x = lay(cases.normal((3, 5, 4, 6), np.float32))
+        form = form_of(x.shape, x.strides, x.dtype)
+        places = np.zeros(x.shape, np.int64)  # of each element, in bytes from the first
+        for index, step in zip(np.indices(x.shape), x.strides, strict=True):
+            places += index * step
+        assert (form.low, form.high) == (places.min(), places.max() + 4)
+        assert (form.size, form.nbytes, form.ndim) == (x.size, x.nbytes, x.ndim)
+        assert form.c_contiguous == x.flags.c_contiguous
+        assert form.whole_steps == all(step % 4 == 0 for step in x.strides)
+
+    def test_nothing_to_reach(self):
+        form = form_of((3, 0, 2), (8, 8, 4), np.dtype(np.float32))
+        assert (form.low, form.high, form.size, form.c_contiguous) == (0, 0, 0, True)
 
 
 class TestLibraries:
