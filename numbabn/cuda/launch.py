@@ -119,7 +119,8 @@ def _kernel(place: Place, kernel: str, view: str, format_name: str, width: int) 
     if found is None:
         variant = Variant(kernel, view, format_name, width)
         refuse_to_capture(place.stream, f"the kernel '{variant}' loaded")
-        found = _kernels[key] = _Kernel(variant, place.device)
+        # Of two threads the one that is late gives up its own, which nothing has been launched of.
+        found = _kernels.setdefault(key, _Kernel(variant, place.device))
     return found
 
 
