@@ -46,6 +46,8 @@ SHARDS = {
     "functional, rest": ("test_functional.py", "not float16 and not float32 and not float64"),
     "arrays": ("test_arrays.py", ""),
     "streams": ("test_streams.py", ""),
+    "launches": ("test_launch.py", ""),
+    "graphs": ("test_graphs.py", ""),
     "large": ("test_large.py", ""),
     **{
         f"sanitizer, {tool}": ("test_sanitizer.py", tool)

@@ -43,7 +43,7 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
             elif kind is ndarray and a.ndim:
                 parts += (a.shape, a.dtype)
             elif kind is DeviceArray:
-                parts += (kind, a.shape, a.dtype)
+                parts.append(a.form)
             else:
                 return check(*arguments)
         key = tuple(parts)
@@ -229,6 +229,18 @@ def _ghost(array: Any) -> Any:
     return np.asarray(_Ghost(array)) if type(array) is DeviceArray else array
 
 
+def _apart(a: DeviceArray, b: DeviceArray) -> bool:
+    """Whether all of one lies in front of the other: as far as most arrays need to be looked at."""
+    return a.address + a.form.high <= b.address + b.form.low or (
+        b.address + b.form.high <= a.address + a.form.low
+    )
+
+
+def _is(a: DeviceArray, b: DeviceArray) -> bool:
+    """Whether both are one array, element for element."""
+    return a.address == b.address and a.form is b.form
+
+
 def _share(a: Any, b: Any) -> bool:
     if not np.may_share_memory(a, b):
         return False
@@ -272,6 +284,15 @@ def writable(
     if target is None:
         return
     if type(target) is DeviceArray:
+        others = {
+            other: array
+            for other, array in others.items()
+            if array is not None
+            and not _apart(target, array)
+            and not (other in in_place and _is(target, array))
+        }
+        if not others and target.writeable and target.form.c_contiguous:
+            return
         target = _ghost(target)
         others = {other: _ghost(array) for other, array in others.items()}
     flags = target.flags

@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     dtype: Any
     views: tuple[View | None, ...]  # outputs, inputs, and the mask
     copies: tuple[tuple[Any, Any], ...]  # (an output, the contiguous stand-in to copy back)
+    plan: "Plan"
 
     def finish(self, backend: Any) -> None:
         """Put into place the outputs that could not be viewed."""
@@ -50,11 +51,30 @@ _view = partial(tuple.__new__, View)
 _layout = partial(tuple.__new__, Layout)
 
 
-class _Plan(NamedTuple):
-    kind: str
-    shape: tuple[int, int, int]
-    adjoining: bool
-    steps: tuple[tuple[int, int, int], ...]  # dn, dc, ds of each array
+class Plan:
+    """What a layout is but for its arrays: one object wherever that is the same, to serve as a key.
+
+    Attributes
+    ----------
+    kind, shape, adjoining
+        As of `Layout`.
+    steps : tuple of tuples
+        dn, dc, ds of each array that is there, outputs first; last those of a mask.
+    """
+
+    __slots__ = ("adjoining", "kind", "shape", "steps")
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, int, int],
+        adjoining: bool,
+        steps: tuple[tuple[int, int, int], ...],
+    ) -> None:
+        self.kind = kind
+        self.shape = shape
+        self.adjoining = adjoining
+        self.steps = steps
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +103,7 @@ def _groups(shape: tuple[int, ...], axis: int, steps: tuple[Steps, ...]) -> list
 @lru_cache(maxsize=1024)
 def _plan(
     shape: tuple[int, ...], axis: int, itemsize: int, strides: tuple[Steps, ...], masked: bool
-) -> _Plan | None:
+) -> Plan | None:
     """Sizes and steps for all arrays; None if no view fits them all."""
     if any(stride % itemsize for each in strides for stride in each):
         return None
@@ -108,7 +128,7 @@ def _plan(
     else:
         # More than one n would have been joined with the rest, were there no gap.
         adjoining = N == 1 and all((dc, ds) == (1, C) for _, dc, ds in each)
-    return _Plan(kind, (N, C, S), adjoining, each)
+    return Plan(kind, (N, C, S), adjoining, each)
 
 
 def arrange(
@@ -166,8 +186,7 @@ def arrange(
         if plan is None:
             raise AssertionError("a contiguous array is always viewable")
 
-    kind, sizes, adjoining, each = plan
-    steps = iter(each)
+    steps = iter(plan.steps)
     # Past the constructors of named tuples, which take longer than a small kernel.
     views = tuple([a if a is None else _view((a, *next(steps))) for a in (*arrays, mask)])
-    return _layout((kind, sizes, adjoining, first.dtype, views, copies))
+    return _layout((plan.kind, plan.shape, plan.adjoining, first.dtype, views, copies, plan))

@@ -72,7 +72,7 @@ def namespace(name: str, array: Any) -> Any:
 class Place(NamedTuple):
     """Where the arrays of a call are, and in which order with other work."""
 
-    library: Any  # how `numbabn.cuda.arrays` speaks with it
+    library: Any  # how `numbabn.cuda.adapters` speaks with it
     device: int
     stream: int  # handle
     given: bool  # whether the caller named the stream, not the library
@@ -86,14 +86,52 @@ class Flags(NamedTuple):
     c_contiguous: bool
 
 
-@lru_cache(maxsize=1024)
-def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+_flags = lru_cache(maxsize=8)(Flags)
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     expected = itemsize
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             return 0 in shape
         expected *= size
     return True
+
+
+class Form:
+    """What arrays of one shape, strides and dtype on devices have in common.
+
+    They share one object, made by `form_of`, so that it stands for all of that as a key.
+
+    Attributes
+    ----------
+    shape, strides, dtype, itemsize, ndim, size, nbytes, c_contiguous
+        As of an ndarray.
+    name : str
+        The dtype's.
+    low, high : int
+        Bytes from the first element's address to the lowest one's, and behind the highest one.
+    whole_steps : bool
+        Whether strides are multiples of the itemsize.
+    """
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> None:
+        self.shape = shape
+        self.strides = strides
+        self.dtype = dtype
+        self.name: str = dtype.name
+        self.itemsize: int = dtype.itemsize
+        self.ndim = len(shape)
+        self.size = math.prod(shape)
+        self.nbytes: int = self.size * self.itemsize
+        self.c_contiguous = _is_contiguous(shape, strides, self.itemsize)
+        self.whole_steps = all(stride % self.itemsize == 0 for stride in strides)
+        reach = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
+        self.low = sum(min(0, each) for each in reach) if self.size else 0
+        self.high = sum(max(0, each) for each in reach) + self.itemsize if self.size else 0
+
+
+form_of = lru_cache(maxsize=4096)(Form)
 
 
 class DeviceArray:
@@ -111,39 +149,59 @@ class DeviceArray:
         What else must live as long.
     place : Place
         The call's.
+    form : Form
+        Shape, strides and dtype, and what follows from them.
     shape, strides, dtype, itemsize, ndim, size, nbytes, flags
         As of an ndarray.
     """
 
-    __slots__ = (
-        "address", "base", "dtype", "flags", "itemsize", "nbytes", "ndim", "owner", "place",
-        "shape", "size", "strides",
-    )  # fmt: skip
+    __slots__ = ("address", "base", "form", "owner", "place", "writeable")
 
     def __init__(
         self,
         owner: Any,
         place: Place,
         address: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: Any,
-        *,
+        form: Form,
         writeable: bool = True,
         base: Any = None,
     ) -> None:
-        itemsize = dtype.itemsize
         self.owner = owner
         self.place = place
         self.address = address
-        self.shape = shape
-        self.strides = strides
-        self.dtype = dtype
+        self.form = form
+        self.writeable = writeable
         self.base = base
-        self.itemsize = itemsize
-        self.ndim = len(shape)
-        self.size = math.prod(shape)
-        self.nbytes = self.size * itemsize
-        self.flags = Flags(
-            address % itemsize == 0, writeable, _contiguous(shape, strides, itemsize)
-        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return self.form.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:  # noqa: D102
+        return self.form.strides
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.form.dtype
+
+    @property
+    def itemsize(self) -> int:  # noqa: D102
+        return self.form.itemsize
+
+    @property
+    def ndim(self) -> int:  # noqa: D102
+        return self.form.ndim
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return self.form.size
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.form.nbytes
+
+    @property
+    def flags(self) -> Flags:  # noqa: D102
+        form = self.form
+        return _flags(self.address % form.itemsize == 0, self.writeable, form.c_contiguous)

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 
 import numbabn
 from numbabn import BatchStats, checks
-from numbabn.libraries import DeviceArray, Place
+from numbabn.libraries import DeviceArray, Place, form_of
 
 SHAPE = (4, 3, 2, 2)
 FULL = ("x", "residual", "dy", "out")  # arguments of x's shape and dtype
@@ -104,10 +104,8 @@ class OnTheCPU:
 def seen(array, *, address=None, writeable=True):
     """See a NumPy array as if it were on a device; its memory is not there to be read."""
     address = array.ctypes.data if address is None else address
-    return DeviceArray(
-        None, Place(None, 0, 0, False), address, array.shape, array.strides, array.dtype,
-        writeable=writeable,
-    )  # fmt: skip
+    form = form_of(array.shape, array.strides, array.dtype)
+    return DeviceArray(None, Place(None, 0, 0, False), address, form, writeable)
 
 
 class TestKindsAndDtypes:

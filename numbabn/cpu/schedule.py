@@ -196,7 +196,7 @@ def _cut(
 
 def plan(operation: str, layout: Layout) -> Plan:
     """Cut a call's work, and find memory for it."""
-    kind, sizes, adjoining, dtype, _, _ = layout
+    kind, sizes, adjoining, dtype, _, _, _ = layout
     threads = threads_for(math.prod(sizes) * dtype.itemsize * _SWEEPS[operation])
     key = operation, kind, sizes, adjoining, dtype, threads
     found = _pool.plans.get(key)

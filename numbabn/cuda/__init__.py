@@ -1,12 +1,11 @@
 """The five operations on CUDA arrays, as views that `numbabn.layout` made; see `numbabn.cpu`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..layout import Layout, View
+from ..layout import Layout, Plan, View
 from ..libraries import DeviceArray
 from .arguments import Backward, Forward, Gradients, Memory, Parameters, Settings, Shape, numbers_of
 from .arrays import (
@@ -20,7 +19,7 @@ from .arrays import (
     give,
     upload,
 )
-from .formats import FORMATS, THREADS
+from .formats import ACCESS, FORMATS, THREADS
 from .schedule import first_lasting, is_held, shape_of, slots_of
 from .target import SIMULATED
 from .workspace import workspace_of
@@ -47,8 +46,22 @@ __all__ = [
 ]
 
 
+class Cut(NamedTuple):
+    """How the work of a call is cut."""
+
+    width: int  # numbers moved at a time
+    shape: Shape
+    tasks: int  # pieces of all channels
+    held: int  # bytes of shared memory in which a block holds a piece
+    summed: int  # bytes that are read for the sums
+
+
 class _Call:
-    """What all launches of a call share."""
+    """What all launches of a call share.
+
+    They are made on the call's device, under the workspace's lock: nothing of other threads must
+    come in between.
+    """
 
     def __init__(
         self, layout: Layout, maps: tuple[View | None, ...], mask: View | None, arrays: int = 1
@@ -57,41 +70,31 @@ class _Call:
         self.like: DeviceArray = first.array
         self.place = self.like.place
         self.view = layout.kind
-        self.format = layout.dtype.name
-        self.width = _width(layout, maps, mask)
-        itemsize = layout.dtype.itemsize
-        self.shape: Shape = shape_of(self.view, layout.shape, self.width, itemsize, arrays)
-        self.maps = tuple(runner.map_of(view, self.width, layout.shape) for view in maps)
+        self.format = self.like.form.name
+        offsets = tuple([view.array.address % ACCESS for view in maps if view is not None])
+        self.cut = cut(layout.plan, self.format, offsets, arrays)
+        self.width, self.shape = self.cut.width, self.cut.shape
+        self.maps = tuple([runner.map_of(view, self.width, layout.shape) for view in maps])
         self.mask = runner.mask_of(mask)
-        self.tasks = self.shape.groups * self.shape.pieces
-        self.summed = arrays * first.array.nbytes
-        self.held = slots_of(self.shape, self.view, arrays) * THREADS * self.width * itemsize
         self.workspace = workspace_of(self.place.device, self.place.stream)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Launch on the call's device, and nothing of other threads in between."""
-        with runner.on_device(self.place.device), self.workspace.lock:
-            yield
 
     def per_channel(self, dtype: Any = np.float64) -> DeviceArray:
         """Allocate one number per channel."""
         return empty((self.shape.C,), dtype, self.like)
 
     def memory(self) -> Memory:
-        self.workspace.fit(self.shape, self.like)
-        shared = self.workspace
-        return runner.memory_of(shared.partials, shared.sums, shared.counters)
+        self.shared = self.workspace.fit(self.shape, self.like)
+        return runner.memory_of(*self.shared)
 
     def capacity(self, kernel: str) -> int:
         """How many blocks of a kernel that holds its pieces run at once."""
         return runner.capacity(
-            self.place, kernel, self.view, self.format, self.width, self.held
+            self.place, kernel, self.view, self.format, self.width, self.cut.held
         )  # fmt: skip
 
     def go_back(self) -> None:
         """Let a second sweep begin with what L2 has kept of the first."""
-        lasting = first_lasting(self.tasks, self.summed, runner.l2_bytes(self.place))
+        lasting = first_lasting(self.cut.tasks, self.cut.summed, runner.l2_bytes(self.place))
         self.shape = self.shape._replace(lasting=lasting)
 
     def prepare(self, kernel: str) -> None:
@@ -106,7 +109,7 @@ class _Call:
     def launch(self, kernel: str, *arguments: Any) -> None:
         """Launch a block for each piece, which waits for no other."""
         runner.launch(
-            self.place, kernel, self.view, self.format, self.width, self.tasks,
+            self.place, kernel, self.view, self.format, self.width, self.cut.tasks,
             *arguments, self.shape,
         )  # fmt: skip
 
@@ -115,12 +118,12 @@ class _Call:
         together = self.shape.pieces > 1
         runner.launch(
             self.place, kernel, self.view, self.format, self.width,
-            min(self.tasks, capacity) if together else self.tasks,
-            *arguments, self.shape, shared=self.held, together=together,
+            min(self.cut.tasks, capacity) if together else self.cut.tasks,
+            *arguments, self.shape, shared=self.cut.held, together=together,
         )  # fmt: skip
 
     def launch_statistics(self, x: Any, *arguments: Any) -> None:
-        """Launch what takes statistics and, where channels have several pieces, what merges them."""
+        """Launch what takes statistics, and what puts together pieces if there are several."""
         self.launch("statistics", x, *arguments)
         if self.shape.pieces > 1:
             self.launch_channels("statistics", *arguments)
@@ -132,26 +135,28 @@ class _Call:
         runner.launch(self.place, kernel, "channels", computed, 1, blocks, *arguments, self.shape)
 
 
-def _width(layout: Layout, maps: tuple[View | None, ...], mask: View | None) -> int:
-    """Choose how many numbers move at a time: as many as lie aligned in every array."""
-    N, C, S = layout.shape
-    planes = layout.kind == "planes"
-    width, itemsize = FORMATS[layout.dtype.name].lanes, layout.dtype.itemsize
-    numbers = [S if planes else C]
-    for view in (*maps, mask):
-        if view is None:
-            continue
-        array, dn, dc, ds = view
+@lru_cache(maxsize=1024)
+def cut(plan: Plan, format_name: str, offsets: tuple[int, ...], arrays: int) -> Cut:
+    """Choose how many numbers move at a time, and cut the work accordingly.
+
+    As many as lie aligned in every array; `offsets` are bytes behind an aligned address. The sums
+    are of so many arrays.
+    """
+    width, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
+    N, C, S = plan.shape
+    planes = plan.kind == "planes"
+    numbers = [S if planes else C, *(offset // itemsize for offset in offsets)]
+    for dn, dc, ds in plan.steps:
         inner, between = (ds, dc) if planes else (dc, ds)
         if inner != 1 and numbers[0] != 1:
-            return 1
+            width = 1
         numbers += [dn] if N > 1 else []
         numbers += [between] if (C if planes else S) > 1 else []
-        if view is not mask:
-            numbers.append(array.address // itemsize)
     while any(number % width for number in numbers):
         width //= 2
-    return width
+    shape = shape_of(plan.kind, plan.shape, width, itemsize, arrays)
+    held = slots_of(shape, plan.kind, arrays) * THREADS * width * itemsize
+    return Cut(width, shape, shape.groups * shape.pieces, held, arrays * N * C * S * itemsize)
 
 
 def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:
@@ -162,7 +167,7 @@ def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:
     none = numbers_of(None)
     parameters = Parameters(none, none, none, none, numbers_of(mean), numbers_of(m2), none)
     settings = Settings(0.0, 0.0, 0.0, 0)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         memory = call.memory()
         call.prepare_sums("statistics")
         call.launch_statistics(call.maps[0], parameters, settings, memory)
@@ -181,7 +186,7 @@ def normalize(
     given = Parameters(*map(numbers_of, (*parameters, None, None, None)))
     settings = Settings(eps, 0.0, 0.0, int(relu))
     y, x, residual = call.maps
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         call.launch("normalize", Forward(y, x, residual, call.mask), given, settings)
 
 
@@ -204,7 +209,7 @@ def forward(
     settings = Settings(eps, momentum, correction, int(relu))
     y, x, residual = call.maps
     views = Forward(y, x, residual, call.mask)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         memory, capacity = call.memory(), call.capacity("forward")
         if is_held(call.shape, capacity):
             call.launch_held("forward", capacity, views, given, settings, memory)
@@ -232,7 +237,7 @@ def backward(
     given = Gradients(*map(numbers_of, (weight, mean, invstd, dweight, dbias)))
     dx, dresidual, dy, x = call.maps
     views = Backward(dx, dresidual, dy, x, call.mask)
-    with call.alone():
+    with runner.on_device(call.place.device), call.workspace.lock:
         memory, capacity = call.memory(), call.capacity("backward")
         if is_held(call.shape, capacity):
             call.launch_held("backward", capacity, views, given, int(training), memory)

@@ -3,9 +3,10 @@
 A kernel's arguments are tuples of these; compiled, each member is a number of 8 bytes.
 """
 
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from ..libraries import DeviceArray
+from ..libraries import DeviceArray, Form
 from .formats import FORMATS
 
 _INDEX = {name: k for k, name in enumerate(FORMATS)}
@@ -112,10 +113,16 @@ class Shape(NamedTuple):
 
 
 _NO_NUMBERS = Numbers(0, 0, 0)
+_numbers = partial(tuple.__new__, Numbers)  # past its constructor, as in `layout`
+
+
+@lru_cache(maxsize=1024)
+def _step_and_format(form: Form) -> tuple[int, int]:
+    return form.strides[0], _INDEX[form.name]
 
 
 def numbers_of(array: DeviceArray | None) -> Numbers:
     """Pass one number per channel."""
     if array is None:
         return _NO_NUMBERS
-    return Numbers(array.address, array.strides[0], _INDEX[array.dtype.name])
+    return _numbers((array.address, *_step_and_format(array.form)))

@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import dispatcher, types
 from numba.cuda.core.compiler_lock import global_compiler_lock
 
-from . import arguments, channels, planes, rows
+from . import arguments, channels, disk, planes, rows
 from .formats import FORMATS, THREADS
 from .intrinsics import Global
 
@@ -114,6 +114,17 @@ def _signature(variant: Variant) -> Any:
     return types.void(*(kinds[name] for name in takes[variant.kernel]))
 
 
+def _codes(kind: Any) -> str:
+    if isinstance(kind, types.BaseTuple):
+        return "".join(map(_codes, kind))
+    return "d" if kind == types.float64 else "q"
+
+
+def codes(variant: Variant) -> str:
+    """Give the types of all numbers that a kernel takes, as `struct` has them."""
+    return "".join(map(_codes, _signature(variant).args))
+
+
 def assemble(
     kernel: Callable[..., None], signature: Any, capability: tuple[int, int], *, resident: int
 ) -> Code:
@@ -141,9 +152,16 @@ def assemble(
 
 @cache
 def compiled(variant: Variant, capability: tuple[int, int]) -> Code:
-    """Compile a variant for a compute capability, once in a process."""
+    """Compile a variant for a compute capability, or find it on disk; once in a process."""
+    name = "{}.sm_{}{}.cubin".format(str(variant).replace(" ", "-"), *capability)
+    found = disk.load(name, RESIDENT)
+    if found is not None:
+        facts, cubin = found
+        return Code(cubin, **facts)
     for resident in RESIDENT:
         code = assemble(function(variant), _signature(variant), capability, resident=resident)
         if not code.spills:
             break
+    facts = code._asdict()
+    disk.save(name, facts, facts.pop("cubin"), RESIDENT)
     return code

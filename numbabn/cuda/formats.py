@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 WARP = 32
+WORD = 4  # bytes; masks are read and written by words
 ACCESS = 16  # bytes that one instruction moves at most
 THREADS = 256  # of a block
 MOST_BLOCKS = 1 << 20  # of a grid; the rest is left to its loops
 LANES = 8  # numbers that one access moves at most
+LEGACY = 1  # handle of the legacy default stream, which 0 stands for where it is no other
 
 # Numbers of float64 in shared memory.
 CREWS = THREADS // WARP  # of a block of planes, at most

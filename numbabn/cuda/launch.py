@@ -4,41 +4,51 @@ Arguments go as numbers of 8 bytes to kernels that `compilation` has compiled, p
 launch, which takes 40 microseconds to look at six arrays.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache, lru_cache
+import struct
+import threading
+from collections.abc import Iterable
+from ctypes import addressof, c_int64, c_void_p
+from functools import cache, lru_cache, partial
+from itertools import chain
 from typing import Any
 
-from cuda.core import Device, LaunchConfig, ObjectCode, Stream
-from cuda.core import launch as _launch
+from cuda.bindings import driver
+from cuda.core import Device, ObjectCode
 
 from ..layout import View
 from ..libraries import DeviceArray, Place
 from .arguments import Map, Memory
-from .compilation import OLDEST, Variant, compiled
-from .formats import MOST_BLOCKS, THREADS
+from .compilation import OLDEST, Variant, codes, compiled
+from .driver import SUCCESS, checked, on_device, refuse_to_capture
+from .formats import LEGACY, MOST_BLOCKS, THREADS
 
-_LEGACY = 1  # handle of the stream that 0 stands for
+__all__ = [
+    "capacity",
+    "l2_bytes",
+    "launch",
+    "map_of",
+    "mask_of",
+    "memory_of",
+    "on_device",
+    "prepare",
+]
+
+_SHARED = 48 << 10  # bytes of a block, where no more has been asked for
+_MOST_NUMBERS = 512  # of a kernel: its arguments take 4 KB at most
 
 
-def _flatten(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _flatten(value)
-        else:
-            yield value
-
-
-@lru_cache(maxsize=256)
-def _stream(handle: int) -> Any:
-    return Stream.from_handle(handle or _LEGACY)
+_NO_MAP = Map(0, 0, 0, 0)
+# Past the constructors of named tuples, as in `layout`.
+_map = partial(tuple.__new__, Map)
+_memory = partial(tuple.__new__, Memory)
 
 
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
     """Pass an array that is moved `width` numbers at a time."""
     if view is None:
-        return Map(0, 0, 0, 0)
-    return Map(view.array.address, *view[1:])
+        return _NO_MAP
+    array, dn, dc, ds = view
+    return _map((array.address, dn, dc, ds))
 
 
 def mask_of(view: View | None) -> Map:
@@ -48,51 +58,163 @@ def mask_of(view: View | None) -> Map:
 
 def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
     """Pass what blocks share."""
-    return Memory(partials.address, sums.address, counters.address)
+    return _memory((partials.address, sums.address, counters.address))
 
 
-@cache
-def _kernel(variant: Variant, ordinal: int) -> Any:
-    """Load a kernel, on whatever device is current."""
-    capability = tuple(Device(ordinal).compute_capability)
-    if capability < OLDEST:
-        raise RuntimeError(
-            f"CUDA device {ordinal}: expected compute capability {OLDEST} or newer, "
-            f"got {capability}"
-        )
-    code = compiled(variant, capability)
-    return ObjectCode.from_cubin(code.cubin).get_kernel(code.name)
+class _Kernel:
+    """A kernel on a device.
+
+    Attributes
+    ----------
+    function : CUfunction
+        What the driver launches.
+    pack : callable
+        Write a kernel's numbers into memory, one behind the other.
+    shared : int
+        Bytes of dynamic shared memory that a block of it may have.
+    """
+
+    def __init__(self, variant: Variant, ordinal: int) -> None:
+        device = Device(ordinal)
+        capability = tuple(device.compute_capability)
+        if capability < OLDEST:
+            raise RuntimeError(
+                f"CUDA device {ordinal}: expected compute capability {OLDEST} or newer, "
+                f"got {capability}"
+            )
+        code = compiled(variant, capability)
+        self._loaded = ObjectCode.from_cubin(code.cubin).get_kernel(code.name)
+        kernel = self._loaded.handle
+        with on_device(ordinal):
+            # Else the first launch would load it, which must not be while a graph is captured.
+            checked(driver.cuKernelGetFunction(kernel))
+        self.function = driver.CUfunction(int(kernel))
+        self.pack = struct.Struct(codes(variant)).pack_into
+        own = self._loaded.attributes[ordinal].shared_size_bytes
+        self.shared = _SHARED - own
+        self._most_shared = device.properties.max_shared_memory_per_block_optin - own
+        self._device = ordinal
+
+    def allow(self, shared: int) -> bool:
+        """Let blocks have more dynamic shared memory, if the device has it."""
+        if shared > self._most_shared:
+            return False
+        if shared > self.shared:
+            checked(
+                driver.cuKernelSetAttribute(
+                    driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    self._most_shared, self._loaded.handle, self._device,
+                )
+            )  # fmt: skip
+            self.shared = self._most_shared
+        return True
 
 
-@lru_cache(maxsize=256)
-def _config(blocks: int) -> Any:
-    return LaunchConfig(grid=blocks, block=THREADS)
+_kernels: dict[tuple[Any, ...], _Kernel] = {}
 
 
-@contextmanager
-def on_device(ordinal: int) -> Iterator[None]:
-    """Make a device current in this thread, and the caller's again."""
-    current, device = Device(), Device(ordinal)
-    device.set_current()  # even if it is: the thread may have no context yet
-    try:
-        yield
-    finally:
-        if current.device_id != ordinal:
-            current.set_current()
+def _kernel(place: Place, kernel: str, view: str, format_name: str, width: int) -> _Kernel:
+    key = kernel, view, format_name, width, place.device
+    found = _kernels.get(key)
+    if found is None:
+        variant = Variant(kernel, view, format_name, width)
+        refuse_to_capture(place.stream, f"the kernel '{variant}' loaded")
+        # Of two threads the one that is late gives up its own, which nothing has been launched of.
+        found = _kernels.setdefault(key, _Kernel(variant, place.device))
+    return found
 
 
 def prepare(place: Place, kernel: str, view: str, format_name: str, width: int) -> None:
     """Compile and load a kernel."""
-    _kernel(Variant(kernel, view, format_name, width), place.device)
+    _kernel(place, kernel, view, format_name, width)
+
+
+class _Numbers(threading.local):
+    """A thread's memory for the arguments of a launch, which the driver copies."""
+
+    def __init__(self) -> None:
+        self.memory = (c_int64 * _MOST_NUMBERS)()
+        first = addressof(self.memory)
+        self._pointers = (c_void_p * _MOST_NUMBERS)(*range(first, first + 8 * _MOST_NUMBERS, 8))
+        self.pointers = addressof(self._pointers)
+
+
+_numbers = _Numbers()
+
+
+def flatten(arguments: Iterable[Any]) -> list[Any]:
+    """Put behind one another: numbers, those of tuples, and those of tuples of tuples."""
+    numbers: list[Any] = []
+    for each in arguments:
+        if not isinstance(each, tuple):
+            numbers.append(each)
+        elif isinstance(each[0], tuple):
+            numbers += chain.from_iterable(each)
+        else:
+            numbers += each
+    return numbers
+
+
+@lru_cache(maxsize=1024)
+def _config(blocks: int, shared: int, together: bool, stream: int) -> Any:
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+    config.sharedMemBytes = shared
+    config.hStream = driver.CUstream(stream or LEGACY)
+    if together:
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        config.attrs, config.numAttrs = [cooperative], 1
+    return config
 
 
 def launch(
     place: Place, kernel: str, view: str, format_name: str, width: int, blocks: int,
-    *arguments: Any,
+    *arguments: Any, shared: int = 0, together: bool = False,
 ) -> None:  # fmt: skip
-    """Put a kernel on the call's stream, its device being current."""
-    _launch(
-        _stream(place.stream), _config(min(blocks, MOST_BLOCKS)),
-        _kernel(Variant(kernel, view, format_name, width), place.device),
-        *_flatten(arguments),
+    """Put a kernel on the call's stream, its device being current.
+
+    A block gets some bytes of dynamic shared memory. Blocks that wait for one another are launched
+    together, no more of them than there is `capacity` for.
+    """
+    loaded = _kernel(place, kernel, view, format_name, width)
+    if shared > loaded.shared:
+        loaded.allow(shared)
+    numbers = _numbers
+    loaded.pack(numbers.memory, 0, *flatten(arguments))
+    (error,) = driver.cuLaunchKernelEx(
+        _config(min(blocks, MOST_BLOCKS), shared, together, place.stream),
+        loaded.function, numbers.pointers, 0,
     )  # fmt: skip
+    if error != SUCCESS:
+        raise RuntimeError(f"launch of {kernel}_{view}: expected success, got {error.name}")
+
+
+@lru_cache(maxsize=1024)
+def _capacity(kernel: _Kernel, ordinal: int, shared: int) -> int:
+    if not kernel.allow(shared):
+        return 0
+    with on_device(ordinal):
+        blocks = checked(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(kernel.function, THREADS, shared)
+        )
+    return int(blocks * Device(ordinal).properties.multiprocessor_count)
+
+
+def capacity(
+    place: Place, kernel: str, view: str, format_name: str, width: int, shared: int
+) -> int:
+    """Count the blocks of a kernel that the device holds at once; 0 if not even one."""
+    return _capacity(_kernel(place, kernel, view, format_name, width), place.device, shared)
+
+
+@cache
+def _l2_bytes(ordinal: int) -> int:
+    return int(Device(ordinal).properties.l2_cache_size)
+
+
+def l2_bytes(place: Place) -> int:
+    """Give the size of the device's L2 cache."""
+    return _l2_bytes(place.device)

@@ -2,13 +2,44 @@
 
 import threading
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ..libraries import DeviceArray
 from .arguments import Shape
 from .arrays import empty, zeros
+from .target import SIMULATED
+
+if SIMULATED:
+
+    def is_capturing(stream: int) -> bool:
+        return False
+
+else:
+    from .driver import is_capturing
+
+
+class Buffers(NamedTuple):
+    """See `arguments.Memory`."""
+
+    partials: DeviceArray
+    sums: DeviceArray
+    counters: DeviceArray  # zeros, and zeros they are left
+
+    @classmethod
+    def allocate(cls, sizes: tuple[int, ...], like: DeviceArray) -> "Buffers":
+        """Allocate numbers of each beside another array."""
+        partials, sums, counters = sizes
+        return cls(
+            empty((partials,), np.float64, like),
+            empty((sums,), np.float64, like),
+            zeros((counters,), np.int32, like),
+        )
+
+
+# Nobody tells when a graph is gone, and until then it reads and writes what it was captured with.
+_captured: list[Buffers] = []
 
 
 class Workspace:
@@ -18,25 +49,49 @@ class Workspace:
 
     Attributes
     ----------
-    partials, sums, counters : DeviceArray or None
-        See `arguments.Memory`.
+    buffers : Buffers or None
+        What it has so far.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.partials: Any = None
-        self.sums: Any = None
-        self.counters: Any = None
+        self.buffers: Buffers | None = None
+        self._is_captured = False
 
-    def fit(self, shape: Shape, like: DeviceArray) -> None:
-        """Make room for a shape."""
-        partials = 3 * shape.C * shape.pieces
-        if self.partials is None or self.partials.size < partials:
-            self.partials = empty((partials,), np.float64, like)
-        if self.sums is None or self.sums.size < 2 * shape.C:
-            self.sums = empty((2 * shape.C,), np.float64, like)
-        if self.counters is None or self.counters.size < 2 * shape.groups:
-            self.counters = zeros((2 * shape.groups,), np.int32, like)  # and zeros they are left
+    def fit(self, shape: Shape, like: DeviceArray) -> Buffers:
+        """Give memory for a shape.
+
+        Raises
+        ------
+        RuntimeError
+            If it would have to be allocated while the stream is captured into a CUDA graph, by a
+            library whose graphs have no memory of their own.
+        """
+        sizes: tuple[int, ...] = 3 * shape.C * shape.pieces, 2 * shape.C, 2 * shape.groups
+        place = like.place
+        capturing = is_capturing(place.stream)
+        if capturing and place.library.graphs_have_memory:
+            return Buffers.allocate(sizes, like)
+        buffers = self.buffers
+        if buffers is None or any(
+            each.size < size for each, size in zip(buffers, sizes, strict=True)
+        ):
+            if capturing:
+                raise RuntimeError(
+                    "capture into a CUDA graph: expected the stream's shared memory allocated by "
+                    "an earlier call, got none, or less: call once on this stream, with arrays of "
+                    "the same shapes, dtypes and strides, before capturing"
+                )
+            if buffers is not None:  # what has been enough for other shapes is so from now on
+                sizes = tuple(
+                    max(each.size, size) for each, size in zip(buffers, sizes, strict=True)
+                )
+            buffers = self.buffers = Buffers.allocate(sizes, like)
+            self._is_captured = False
+        if capturing and not self._is_captured:
+            _captured.append(buffers)
+            self._is_captured = True
+        return buffers
 
 
 _PER_THREAD = 2  # handle of a stream that each thread has one of

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import numbabn
-from numbabn.libraries import ANY, Place, host_of, library_of, namespace
+from numbabn.libraries import ANY, Place, form_of, host_of, library_of, namespace
 
 HOST = Place(None, 0, 0, False)
 
@@ -23,6 +23,14 @@ def arrays():
     from numbabn.cuda import arrays
 
     return arrays
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    pytest.importorskip("numba_cuda")
+    from numbabn.cuda import adapters
+
+    return adapters
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +46,41 @@ def jax():
 
 
 @pytest.fixture
-def adapter(arrays, torch):
-    class OnTheHost(arrays._Torch):
+def adapter(adapters, torch):
+    class OnTheHost(adapters._Torch):
         def _device(self, place):
             return "cpu"
 
     return OnTheHost()
+
+
+class TestForms:
+    def test_one_object_for_arrays_of_one_kind(self):
+        shape, strides = (2, 3), (12, 4)
+        form = form_of(shape, strides, np.dtype(np.float32))
+        assert form_of(shape, strides, np.dtype("f4")) is form
+        for other in (
+            form_of(shape, (4, 8), np.dtype(np.float32)),
+            form_of(shape, strides, np.dtype(np.int32)),
+            form_of(shape, strides, np.dtype(">f4")),
+        ):
+            assert other is not form
+
+    @cases.memory
+    def test_reach(self, lay):
+        x = lay(cases.normal((3, 5, 4, 6), np.float32))
+        form = form_of(x.shape, x.strides, x.dtype)
+        places = np.zeros(x.shape, np.int64)  # of each element, in bytes from the first
+        for index, step in zip(np.indices(x.shape), x.strides, strict=True):
+            places += index * step
+        assert (form.low, form.high) == (places.min(), places.max() + 4)
+        assert (form.size, form.nbytes, form.ndim) == (x.size, x.nbytes, x.ndim)
+        assert form.c_contiguous == x.flags.c_contiguous
+        assert form.whole_steps == all(step % 4 == 0 for step in x.strides)
+
+    def test_nothing_to_reach(self):
+        form = form_of((3, 0, 2), (8, 8, 4), np.dtype(np.float32))
+        assert (form.low, form.high, form.size, form.c_contiguous) == (0, 0, 0, True)
 
 
 class TestLibraries:
@@ -109,7 +146,9 @@ class TestTorch:
     def test_no_numbers_as_they_are(self, torch, adapter):
         with pytest.raises(TypeError, match="x: expected numbers as they are"):
             adapter.view("x", torch.zeros(3, dtype=torch.complex64).conj().imag, HOST)
-        quantized = SimpleNamespace(dtype="torch.quint8", is_neg=lambda: False)
+        quantized = SimpleNamespace(
+            dtype="torch.quint8", shape=(3,), stride=lambda: (1,), is_neg=lambda: False
+        )
         with pytest.raises(TypeError, match=r"x: expected a float dtype, got torch\.quint8"):
             adapter.view("x", quantized, HOST)
 
@@ -160,7 +199,7 @@ class TestStatistics:
 
 
 class TestProtocol:
-    def test_dlpack(self, arrays):
+    def test_dlpack(self, adapters):
         class Array:
             def __init__(self, array):
                 self.array = array
@@ -171,7 +210,7 @@ class TestProtocol:
             def __dlpack__(self, **_):
                 return self.array.__dlpack__()
 
-        adapter = arrays._Protocol()
+        adapter = adapters._Protocol()
         memory = np.zeros((4, 6), np.float32)
         for x in (memory, memory[:, ::2]):
             view = adapter.view("x", Array(x), HOST)
@@ -180,7 +219,7 @@ class TestProtocol:
 
 
 class TestStreams:
-    def test_handles(self, arrays):
+    def test_handles(self, adapters):
         for stream in (
             7,
             np.int64(7),
@@ -189,9 +228,9 @@ class TestStreams:
             SimpleNamespace(handle=7),
             SimpleNamespace(__cuda_stream__=lambda: (0, 7), handle=8),
         ):
-            assert arrays.handle_of(stream) == 7
+            assert adapters.handle_of(stream) == 7
         with pytest.raises(ValueError, match="stream: expected a CUDA stream's handle, got -1"):
-            arrays.handle_of(-1)
+            adapters.handle_of(-1)
         for no_stream in ("7", None, 7.0, True):
             with pytest.raises(TypeError, match="stream: expected None, a CUDA stream or its han"):
-                arrays.handle_of(no_stream)
+                adapters.handle_of(no_stream)

@@ -11,7 +11,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
 import numbabn
 from numbabn import backends
-from numbabn.cuda import arrays, workspace
+from numbabn.cuda import arrays, formats, workspace
 
 dtypes = pytest.mark.parametrize(
     "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda d: d.__name__
@@ -72,7 +72,7 @@ class TestAllocation:
         target, source = (seen(FakeCUDAArray(lay(a))) for a in (np.zeros_like(x), x))
         contiguous = arrays.contiguous(source)
         assert contiguous.flags.c_contiguous
-        assert contiguous.address % arrays.WORD == 0
+        assert contiguous.address % formats.WORD == 0
         np.testing.assert_array_equal(arrays.download(contiguous), x)
         arrays.copy(target, contiguous)
         np.testing.assert_array_equal(target.owner.copy_to_host(), x)
@@ -96,7 +96,7 @@ class TestAllocation:
         x = seen(cuda.to_device(np.ones((size, 1))))
         mask = arrays.allocate_mask(x)
         assert mask.shape == (-(-size // 8),)
-        assert mask.owner.base is None or mask.owner.base.nbytes % arrays.WORD == 0
+        assert mask.owner.base is None or mask.owner.base.nbytes % formats.WORD == 0
         assert not mask.owner.copy_to_host().any()
 
 

@@ -253,13 +253,12 @@ class TestMemory:
         like = seen(cases.normal((131, 19)))
         kept = workspace.workspace_of(like.place.device, like.place.stream)
         numbabn.batch_norm(like.owner, training=True)
-        arrays = kept.partials, kept.sums, kept.counters
-        assert np.isfinite(kept.partials.owner.copy_to_host()).any()
-        memory = simulation.memory_of(*arrays)
+        assert np.isfinite(kept.buffers.partials.owner.copy_to_host()).any()
+        memory = simulation.memory_of(*kept.buffers)
         assert np.isnan(memory.partials.memory).all()
         memory.counters[0] = 1
         with pytest.raises(AssertionError):
-            simulation.memory_of(*arrays)
+            simulation.memory_of(*kept.buffers)
 
 
 def nothing(*_):
