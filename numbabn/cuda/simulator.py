@@ -363,15 +363,15 @@ def quotient(a: int, b: int) -> int:
     return a // b
 
 
-def passing() -> None:
-    return None
+def passing() -> int:
+    return 0
 
 
-def lasting() -> None:
-    return None
+def lasting() -> int:
+    return 0
 
 
-def load(x: Flat, index: int, policy: None) -> Any:
+def load(x: Flat, index: int, policy: int) -> Any:
     return Packed(x, x.at(index, x.width).copy())
 
 
@@ -383,7 +383,7 @@ def unpack(packed: Any) -> Any:
     return packed.numbers.astype(packed.x.computed)
 
 
-def store(y: Flat, index: int, lanes: Any, policy: None) -> None:
+def store(y: Flat, index: int, lanes: Any, policy: int) -> None:
     y.at(index, y.width)[...] = lanes
 
 

@@ -67,13 +67,13 @@ def alive(fitted):
 
 def test_a_stream_keeps_what_is_enough(capturing):
     kept, like = Workspace(), beside(False)
-    first = kept.fit(sizes(4, 10), 1, like)
-    assert [each.size for each in first] == [120, 20, 10]
+    first = kept.fit(sizes(4, 10), like)
+    assert [each.size for each in first] == [120, 20, 20]
     assert not first.counters.owner.any()
-    assert kept.fit(sizes(2, 5), 1, like) is first
-    second = kept.fit(sizes(100, 2), 1, like)
-    assert [each.size for each in second] == [600, 20, 10]
-    assert kept.fit(sizes(4, 10), 1, like) is second
+    assert kept.fit(sizes(2, 5), like) is first
+    second = kept.fit(sizes(100, 2), like)
+    assert [each.size for each in second] == [600, 20, 20]
+    assert kept.fit(sizes(4, 10), like) is second
     assert like.place.library.cleared == 2
     gone = alive(first)
     del first
@@ -85,7 +85,7 @@ def test_a_graph_with_memory_gets_its_own(capturing):
     """So it may be replayed on any stream, beside any other."""
     kept, like = Workspace(), beside(True)
     capturing.add(STREAM)
-    first, second = (kept.fit(sizes(4, 10), 1, like) for _ in range(2))
+    first, second = (kept.fit(sizes(4, 10), like) for _ in range(2))
     assert kept.buffers is None
     assert like.place.library.cleared == 2  # by the graph, at each replay
     assert not {each.address for each in first} & {each.address for each in second}
@@ -94,19 +94,19 @@ def test_a_graph_with_memory_gets_its_own(capturing):
     gc.collect()
     assert [each() for each in gone] == [None] * 3  # the graph's pool keeps it
     capturing.clear()
-    assert kept.fit(sizes(4, 10), 1, like) is kept.buffers
+    assert kept.fit(sizes(4, 10), like) is kept.buffers
 
 
 def test_a_graph_without_memory_uses_the_streams_and_keeps_it(capturing):
     kept, like = Workspace(), beside(False)
-    fitted = kept.fit(sizes(4, 10), 1, like)
+    fitted = kept.fit(sizes(4, 10), like)
     capturing.add(STREAM)
     for _ in range(2):
-        assert kept.fit(sizes(4, 10), 1, like) is fitted
+        assert kept.fit(sizes(4, 10), like) is fitted
     assert like.place.library.cleared == 1
     capturing.clear()
     held = alive(fitted)
-    assert kept.fit(sizes(50, 10), 1, like) is not fitted
+    assert kept.fit(sizes(50, 10), like) is not fitted
     del fitted, kept
     gc.collect()
     assert all(each() is not None for each in held)
@@ -116,11 +116,11 @@ def test_a_graph_without_memory_uses_the_streams_and_keeps_it(capturing):
 def test_nothing_is_allocated_for_a_graph_without_memory(capturing, before):
     kept, like = Workspace(), beside(False)
     if before is not None:
-        kept.fit(sizes(*before), 1, like)
+        kept.fit(sizes(*before), like)
     fitted = kept.buffers
     capturing.add(STREAM)
     with pytest.raises(RuntimeError, match=r"call once on this stream.*before capturing"):
-        kept.fit(sizes(4, 10), 1, like)
+        kept.fit(sizes(4, 10), like)
     assert kept.buffers is fitted
     capturing.clear()
-    assert kept.fit(sizes(4, 10), 1, like) is kept.buffers
+    assert kept.fit(sizes(4, 10), like) is kept.buffers
