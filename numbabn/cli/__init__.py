@@ -1,4 +1,4 @@
-"""The command line: ``numbabn info``, ``warmup``, ``bench`` and ``demo``."""
+"""The command line: ``numbabn info``, ``warmup``, ``bench``, ``predict`` and ``demo``."""
 
 import argparse
 import sys
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import bench, demo, info, warmup
+from . import bench, demo, info, predict, warmup
 from .command import CommandError
 
-COMMANDS = (info, warmup, bench, demo)
+COMMANDS = (info, warmup, bench, predict, demo)
 
 
 class _Parser(argparse.ArgumentParser):

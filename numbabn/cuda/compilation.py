@@ -61,6 +61,19 @@ class Code(NamedTuple):
     report: str  # what the assembler says of registers and memory
     resident: int  # blocks of a multiprocessor that it was compiled for
 
+    def _count(self, pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, self.report)))
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        return self._count(r"Used (\d+) registers")
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block's shared memory, without those that a launch asks for."""
+        return self._count(r"(\d+) bytes smem")
+
     @property
     def spills(self) -> bool:
         """Whether registers did not do."""
