@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     require("bench", "rich")
     if find_spec("numba_cuda") is None:
         raise CommandError(
-            'predict: numba-cuda not found, which compiles the kernels: pip install "numbabn[cuda13]"'
+            'predict: numba-cuda not found, which compiles kernels: pip install "numbabn[cuda13]"'
         )
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         raise CommandError("predict: nothing is compiled while numba simulates a GPU")
@@ -101,8 +101,8 @@ def _measured(path: Path) -> dict[Case, float]:
 def _document(case: Case, found: Any) -> dict[str, Any]:
     return {
         "op": case.op, "layout": case.layout, "dtype": case.dtype, "shape": list(case.shape),
-        "variant": found.variant, "cut": found.cut.shape._asdict(), "width": found.cut.width,
-        "held_bytes": found.cut.held, "tasks": found.cut.tasks,
+        "variant": found.variant, "view": found.cut.view, "width": found.cut.width,
+        "cut": found.cut.shape._asdict(), "held_bytes": found.cut.held, "tasks": found.cut.tasks,
         "blocks_of_a_multiprocessor": found.resident, "registers": found.registers,
         "waves": found.waves, "bytes": found.nbytes, "seconds": found.seconds,
         "bounds": found.bounds, "bound": found.bound,
@@ -115,7 +115,7 @@ def _show(console: Any, found: list[Any], measured: dict[Case, float], gpu: Any)
 
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("", no_wrap=True)
-    table.add_column("variant", no_wrap=True)
+    table.add_column("view, variant", no_wrap=True)
     for heading in (
         "bytes\nat once", "pieces", "tasks", "KB\nheld", "blocks\neach", "waves",
         "memory\nus", "issue\nus", "waits\nus", "us", "of the\ncopy",
@@ -130,9 +130,10 @@ def _show(console: Any, found: list[Any], measured: dict[Case, float], gpu: Any)
         table.add_row(f"[bold]{name}[/]")
         for case, each in group:
             cut = each.cut
+            at_once = cut.width * DTYPES[case.dtype].itemsize
             times = (f"{US * seconds:.1f}" for seconds in each.bounds.values())
             row = [
-                case.name, each.variant, str(cut.width * DTYPES[case.dtype].itemsize),
+                case.name, f"{cut.view}, {each.variant}", str(at_once),
                 str(cut.shape.pieces), str(cut.tasks), f"{cut.held / 1024:.0f}",
                 str(each.resident), str(each.waves), *times, f"{US * each.seconds:.1f}",
                 f"{case.traffic / gpu.copy / each.seconds:.2f}", each.bound,

@@ -20,7 +20,7 @@ from .arrays import (
     upload,
 )
 from .formats import ACCESS, FORMATS, THREADS
-from .schedule import first_lasting, is_held, shape_of, slots_of
+from .schedule import first_lasting, is_held, is_short, shape_of, slots_of
 from .target import SIMULATED
 from .workspace import workspace_of
 
@@ -49,6 +49,7 @@ __all__ = [
 class Cut(NamedTuple):
     """How the work of a call is cut."""
 
+    view: str  # "planes", "rows", or "short": planes of which several share an access
     width: int  # numbers moved at a time
     shape: Shape
     tasks: int  # pieces of all channels
@@ -69,12 +70,15 @@ class _Call:
         first = next(view for view in maps if view is not None)
         self.like: DeviceArray = first.array
         self.place = self.like.place
-        self.view = layout.kind
         self.format = self.like.form.name
         offsets = tuple([view.array.address % ACCESS for view in maps if view is not None])
         self.cut = cut(layout.plan, self.format, offsets, arrays)
-        self.width, self.shape = self.cut.width, self.cut.shape
-        self.maps = tuple([runner.map_of(view, self.width, layout.shape) for view in maps])
+        self.view, self.width, self.shape = self.cut.view, self.cut.width, self.cut.shape
+        sizes = layout.shape
+        if self.view == "short":
+            maps, mask = tuple(map(_as_row, maps)), _as_row(mask)
+            sizes = 1, sizes[1] * sizes[2], sizes[0]
+        self.maps = tuple([runner.map_of(view, self.width, sizes) for view in maps])
         self.mask = runner.mask_of(mask)
         self.workspace = workspace_of(self.place.device, self.place.stream)
 
@@ -139,13 +143,32 @@ class _Call:
 def cut(plan: Plan, format_name: str, offsets: tuple[int, ...], arrays: int) -> Cut:
     """Choose how many numbers move at a time, and cut the work accordingly.
 
-    As many as lie aligned in every array; `offsets` are bytes behind an aligned address. The sums
-    are of so many arrays.
+    `offsets` are bytes behind an aligned address; the sums are of so many arrays.
     """
-    width, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
+    lanes, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
+    N, C, S = plan.shape
+    view, width = plan.kind, _width(plan, lanes, itemsize, offsets)
+    gaps = [*offsets, *([dn * itemsize for dn, _, _ in plan.steps] if N > 1 else [])]
+    full = not any(gap % (lanes * itemsize) for gap in gaps)
+    if (
+        width < lanes
+        and view == "planes"
+        and plan.adjoining
+        and full
+        and is_short(plan.shape, lanes)
+    ):
+        view, width = "short", lanes
+    shape = shape_of(view, plan.shape, width, itemsize, arrays)
+    held = slots_of(shape, view, arrays) * THREADS * width * itemsize
+    return Cut(view, width, shape, shape.groups * shape.pieces, held, arrays * N * C * S * itemsize)
+
+
+def _width(plan: Plan, lanes: int, itemsize: int, offsets: tuple[int, ...]) -> int:
+    """Choose how many numbers move at a time: as many as lie aligned in every array."""
     N, C, S = plan.shape
     planes = plan.kind == "planes"
     numbers = [S if planes else C, *(offset // itemsize for offset in offsets)]
+    width = lanes
     for dn, dc, ds in plan.steps:
         inner, between = (ds, dc) if planes else (dc, ds)
         if inner != 1 and numbers[0] != 1:
@@ -154,9 +177,12 @@ def cut(plan: Plan, format_name: str, offsets: tuple[int, ...], arrays: int) -> 
         numbers += [between] if (C if planes else S) > 1 else []
     while any(number % width for number in numbers):
         width //= 2
-    shape = shape_of(plan.kind, plan.shape, width, itemsize, arrays)
-    held = slots_of(shape, plan.kind, arrays) * THREADS * width * itemsize
-    return Cut(width, shape, shape.groups * shape.pieces, held, arrays * N * C * S * itemsize)
+    return width
+
+
+def _as_row(view: View | None) -> View | None:
+    """See planes without a gap, ``[N, C, S]``, as N rows of C * S channels."""
+    return view and View(view.array, 0, 1, view.dn)
 
 
 def statistics(layout: Layout) -> tuple[DeviceArray, DeviceArray]:

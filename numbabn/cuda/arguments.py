@@ -105,9 +105,10 @@ class Shape(NamedTuple):
     crew: int
     across: int
     below: int
+    side: int  # threads side by side
     along: int  # turns of a thread along a plane
     rounds: int  # turns of a thread, at most
-    beside: int  # 2**beside channels are put together side by side, by all threads of a block
+    beside: int  # 2**beside channels are put together side by side; of short planes, a group
     share: int  # how many channels of a group one of its blocks puts together
     lasting: int = -1  # of two sweeps, the first task that L2 keeps for the second; else -1
 

@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import dispatcher, types
 from numba.cuda.core.compiler_lock import global_compiler_lock
 
-from . import arguments, channels, disk, planes, rows
+from . import arguments, channels, disk, planes, rows, short
 from .formats import FORMATS, THREADS
 from .intrinsics import Global
 
@@ -38,7 +38,7 @@ _CHANNELS_TAKE = {
     "statistics": ("Parameters", "Settings", "Memory", "Shape"),
     "products": ("Map", "Gradients", "Memory", "Shape"),
 }
-_VIEWS = {"planes": planes, "rows": rows, "channels": channels}
+_VIEWS = {"planes": planes, "rows": rows, "short": short, "channels": channels}
 
 
 class Variant(NamedTuple):
@@ -89,17 +89,25 @@ def function(variant: Variant) -> Callable[..., None]:
 
 def variants() -> list[Variant]:
     """List all variants, the widest of each format first."""
-    return [
-        Variant(kernel, view, each.name, each.lanes >> k)
-        for each in FORMATS.values()
-        for k in range(each.lanes.bit_length())
-        for view in ("planes", "rows")
-        for kernel in _TAKES
-    ] + [
-        Variant(kernel, "channels", name, 1)
-        for name in ("float32", "float64")
-        for kernel in _CHANNELS_TAKE
-    ]
+    return (
+        [
+            Variant(kernel, view, each.name, each.lanes >> k)
+            for each in FORMATS.values()
+            for k in range(each.lanes.bit_length())
+            for view in ("planes", "rows")
+            for kernel in _TAKES
+        ]
+        + [
+            Variant(kernel, "short", each.name, each.lanes)
+            for each in FORMATS.values()
+            for kernel in _TAKES
+        ]
+        + [
+            Variant(kernel, "channels", name, 1)
+            for name in ("float32", "float64")
+            for kernel in _CHANNELS_TAKE
+        ]
+    )
 
 
 def _tuple(kind: str, *members: Any) -> Any:

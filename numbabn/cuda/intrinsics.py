@@ -176,7 +176,7 @@ for _operation, _name in _OPERATIONS.items():
 
 @intrinsic
 def width(typing_context, x):
-    """How many numbers one access moves."""
+    """How many numbers one access moves, or how many lanes there are."""
 
     def codegen(context, builder, signature, args):
         return _I64(x.width)
@@ -192,16 +192,6 @@ def is_wide(typing_context, x):
         return _BOOL(x.computed == types.float64)
 
     return types.boolean(x), codegen
-
-
-@intrinsic
-def width_of(typing_context, lanes):
-    """How many lanes there are."""
-
-    def codegen(context, builder, signature, args):
-        return _I64(lanes.width)
-
-    return types.int64(lanes), codegen
 
 
 @intrinsic
@@ -862,20 +852,21 @@ def write(typing_context, memory, index, value):
 
 
 @intrinsic
-def read_lanes(typing_context, x, memory, index, step):
-    """Read lanes of float64, as many as x has, `step` numbers apart."""
+def read_lanes(typing_context, x, memory, index, between, left):
+    """Read lanes of float64, as many as x has: `between` apart, and one more from `left` on."""
     result = Lanes(types.float64, x.width)
 
     def codegen(context, builder, signature, args):
-        _, memory, index, step = args
+        _, memory, index, between, left = args
         value = ir.Constant(_vector(result), ir.Undefined)
         for k in range(x.width):
-            at = builder.gep(memory, [index], source_etype=_DOUBLE)
+            further = builder.zext(builder.icmp_signed("<=", left, _I64(k)), _I64)
+            at = builder.gep(memory, [builder.add(index, further)], source_etype=_DOUBLE)
             value = builder.insert_element(value, builder.load(at, typ=_DOUBLE), _I32(k))
-            index = builder.add(index, step)
+            index = builder.add(index, between)
         return value
 
-    return result(x, memory, types.int64, types.int64), codegen
+    return result(x, memory, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

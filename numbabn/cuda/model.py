@@ -51,8 +51,8 @@ SUMS = 6e-7  # of a block's sums and constants
 WAIT = 1.5e-6  # of blocks for one another, once all have come
 WRITE = 1e-7  # of a turn's stores, which nothing waits for
 ISSUED = 0.6 * 4  # instructions that a multiprocessor issues in a cycle, of four at most
-# Instructions of a thread for an access of full width to all arrays, without residual and mask: sums
-# and results, by eye from the machine code for sm_90.
+# Instructions of a thread for a full access to each array, without residual and mask: for the sums
+# and for the results, by eye from the machine code for sm_90.
 INSTRUCTIONS = {
     ("forward", 8): (75, 60), ("forward", 4): (48, 42), ("forward", 2): (48, 42),
     ("backward", 8): (90, 95), ("backward", 4): (60, 65), ("backward", 2): (60, 65),
@@ -101,17 +101,15 @@ def resident_blocks(code: Code, dynamic: int, gpu: GPU) -> int:
     )
 
 
-def cut_of(
-    op: str, shape: tuple[int, ...], axis: int, dtype: np.dtype[np.generic]
-) -> tuple[str, Cut]:
-    """Cut a call on contiguous arrays as it will be; tell which view they have."""
+def cut_of(op: str, shape: tuple[int, ...], axis: int, dtype: np.dtype[np.generic]) -> Cut:
+    """Cut a call on contiguous arrays as it will be."""
     strides = tuple(np.cumprod((dtype.itemsize, *shape[:0:-1]))[::-1].tolist())
     place = Place(None, 0, 0, False)
     array = DeviceArray(None, place, 0, form_of(shape, strides, dtype))
     count = 3 if op == "backward" else 2
     layout = arrange(None, axis % len(shape), (array,) * (count - 1), (array,))
     sums, _, _ = TRAFFIC[op]
-    return layout.kind, cut(layout.plan, dtype.name, (0,) * count, max(sums, 1))
+    return cut(layout.plan, dtype.name, (0,) * count, max(sums, 1))
 
 
 def predict(
@@ -127,7 +125,8 @@ def predict(
     gpu : GPU
         Kernels are compiled for its compute capability; it need not be here.
     """
-    view, work = cut_of(op, shape, axis, dtype)
+    work = cut_of(op, shape, axis, dtype)
+    view = work.view
     if op != "inference":
         code = compiled(Variant(op, view, dtype.name, work.width), gpu.capability)
         resident = resident_blocks(code, work.held, gpu)
@@ -154,7 +153,7 @@ def _held(
     size = math.prod(shape[:3]) * itemsize
     waves = -(-cut.tasks // (resident * gpu.multiprocessors))
     turns = -(-shape.rounds // TURNS)
-    waits = 0 if shape.pieces == 1 else 1 if view == "planes" else 2
+    waits = 0 if shape.pieces == 1 else 2 if view == "rows" else 1
     piece = turns * (LATENCY + WRITE) + SUMS + waits * WAIT
     nbytes = (sums + writes) * size
     issue = _issue(op, 0, cut, itemsize, gpu) + _issue(op, 1, cut, itemsize, gpu)

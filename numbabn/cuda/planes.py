@@ -48,6 +48,7 @@ from .target import (
 from .vector import (
     AS_IT_IS,
     Partials,
+    Where,
     about_mean,
     affine,
     attempt_for,
@@ -92,6 +93,12 @@ def _crew(shape):
 def _crews(shape):
     """How many crews a block has."""
     return threads() >> shape.crew
+
+
+@device
+def _where(x, shape):
+    """Where a thread's lanes find their channel's constants: all at one place."""
+    return Where(_crew(shape), 0, width(x))
 
 
 @device
@@ -202,7 +209,7 @@ def statistics_planes(x, parameters, settings, memory, shape):
 @device
 def _write_y(maps, settings, shape, c, index, held, constants, reads, writes):
     kind = maps.x.at
-    lanes = affine(kind, constants, _crew(shape), 0, _crews(shape))
+    lanes = affine(kind, constants, _where(kind, shape), _crews(shape))
     together = whole_words(kind, maps.mask.at, maps.mask.ds, shape.across)
     piece = _piece(kind, shape, c, index)
     rectify = settings.rectify != 0
@@ -267,7 +274,7 @@ def _piece_products(maps, gradients, shape, c, index, sums, constants, held, pol
     if _leads(shape, c):
         set_normal(kind, c, gradients, constants, place, step)
     barrier()
-    lanes = normal(kind, constants, place, 0, step)
+    lanes = normal(kind, constants, _where(kind, shape), step)
     piece, crew = _piece(kind, shape, c, index), 1 << shape.crew
     products, turns = thread_products(maps, piece, shape.rounds, lanes, held, policy)
     dy = crew_sum(total(wide(products.dy)), sums, crew)
@@ -297,7 +304,7 @@ def _write_dx(maps, gradients, training, shape, c, index, dy, dy_x, held, consta
         count = np.float64(shape.N * shape.S)
         set_gradient_affine(kind, c, count, dy, dy_x, gradients, constants, place, step)
     barrier()
-    lanes = gradient_affine(kind, constants, place, 0, step)
+    lanes = gradient_affine(kind, constants, _where(kind, shape), step)
     piece = _piece(kind, shape, c, index)
     write_gradient(maps, piece, shape.rounds, held, lanes, training != 0, passing(), writes)
 

@@ -49,6 +49,7 @@ from .target import (
 from .vector import (
     AS_IT_IS,
     Partials,
+    Where,
     about_mean,
     affine,
     attempt_for,
@@ -88,6 +89,12 @@ def _columns(x, shape):
 def _lane_column(x, shape):
     """Which column a thread's first lane is."""
     return (thread() & ((1 << shape.across) - 1)) * width(x)
+
+
+@device
+def _where(x, shape):
+    """Where a thread's lanes find what their columns have."""
+    return Where(_lane_column(x, shape), 1, width(x))
 
 
 @device
@@ -184,7 +191,7 @@ def _piece_moments(x, shape, group, index, stage, held, policy):
         moments, turns = thread_moments(x, piece, shape.rounds, anchor, scale, held, policy)
         far = column_sum(staged(totals(moments, scale), stage), stage, columns)
         near = far / _size(shape, index)
-        shifts = by_lanes(x.at, near, stage, columns, _lane_column(x.at, shape))
+        shifts = by_lanes(x.at, near, stage, columns, _where(x.at, shape))
         around = column_sum(staged(squares(moments, scale, shifts), stage), stage, columns)
         if attempt == wanted and counts(attempt, around):
             shift, m2 = near, around
@@ -217,7 +224,7 @@ def statistics_rows(x, parameters, settings, memory, shape):
 @device
 def _write_y(maps, settings, shape, group, index, held, stage, reads, writes):
     kind = maps.x.at
-    lanes = affine(kind, stage, _lane_column(kind, shape), 1, _columns(kind, shape))
+    lanes = affine(kind, stage, _where(kind, shape), _columns(kind, shape))
     barrier()
     together = whole_words(kind, maps.mask.at, maps.mask.dc, shape.across)
     piece = _piece(kind, shape, group, index)
@@ -298,7 +305,7 @@ def _piece_products(maps, gradients, shape, group, index, stage, held, policy):
     if _has_channel(kind, shape, group):
         set_normal(kind, _channel(kind, shape, group), gradients, stage, thread(), columns)
     barrier()
-    lanes = normal(kind, stage, _lane_column(kind, shape), 1, columns)
+    lanes = normal(kind, stage, _where(kind, shape), columns)
     barrier()
     piece = _piece(kind, shape, group, index)
     products, turns = thread_products(maps, piece, shape.rounds, lanes, held, policy)
@@ -329,7 +336,7 @@ def _write_dx(maps, gradients, training, shape, group, index, dy, dy_x, held, st
         c, count = _channel(kind, shape, group), np.float64(shape.N * shape.S)
         set_gradient_affine(kind, c, count, dy, dy_x, gradients, stage, thread(), columns)
     barrier()
-    lanes = gradient_affine(kind, stage, _lane_column(kind, shape), 1, columns)
+    lanes = gradient_affine(kind, stage, _where(kind, shape), columns)
     barrier()
     piece = _piece(kind, shape, group, index)
     write_gradient(maps, piece, shape.rounds, held, lanes, training != 0, passing(), writes)

@@ -6,6 +6,8 @@ same bits whatever the number of blocks and multiprocessors. What does not, the 
 and the variant, depends on the GPU.
 """
 
+import math
+
 from .arguments import Shape
 from .formats import LANES, THREADS, WARP
 
@@ -60,8 +62,8 @@ def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     pieces = per_plane * _ceil(N, planes)
     groups = _ceil(C, THREADS >> crew)
     return Shape(
-        N, C, S, planes, places, per_plane, pieces, groups, crew, across, below, along,
-        rounds, _beside(pieces), 1,
+        N, C, S, planes, places, per_plane, pieces, groups, crew, across, below,
+        1 << across, along, rounds, _beside(pieces), 1,
     )  # fmt: skip
 
 
@@ -76,7 +78,38 @@ def _rows(sizes: tuple[int, int, int], width: int, arrays: int, across: int) -> 
     rounds = _ceil(min(S, rows), below)
     return Shape(
         N, C, S, 1, rows, per_plane, pieces, _ceil(C, columns), _exponent(THREADS), across, below,
-        rounds, rounds, _beside(pieces), _ceil(columns, pieces),
+        1 << across, rounds, rounds, _beside(pieces), _ceil(columns, pieces),
+    )  # fmt: skip
+
+
+def bundle(S: int, lanes: int) -> int:
+    """How many planes side by side end with an access: a power of two."""
+    return lanes // math.gcd(S, lanes)
+
+
+def is_short(sizes: tuple[int, int, int], lanes: int) -> bool:
+    """Whether planes without a gap are taken some channels at a time, that accesses may be full.
+
+    Each access is of two channels at most, and a block's threads cover those channels' places.
+    """
+    _, C, S = sizes
+    channels = bundle(S, lanes)
+    fits = lanes <= S and channels * S <= THREADS * lanes
+    return fits and channels > 1 and C % channels == 0
+
+
+def _short(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
+    N, C, S = sizes
+    channels = bundle(S, width)
+    side = channels * S // width
+    below = THREADS // side
+    depth = _depth(N * C * S // width, arrays)
+    pieces = _ceil(N, below * depth)
+    planes = _ceil(_ceil(N, pieces), below) * below
+    pieces, rounds = _ceil(N, planes), _ceil(min(N, planes), below)
+    return Shape(
+        N, C, S, planes, S, 1, pieces, C // channels, _exponent(THREADS), 0, below, side, rounds,
+        rounds, _exponent(channels), 1,
     )  # fmt: skip
 
 
@@ -100,13 +133,15 @@ def shape_of(
     """Cut ``[N, C, S]`` into pieces, `width` numbers at a time, for sums over so many arrays."""
     if view == "planes":
         return _planes(sizes, width, arrays)
+    if view == "short":
+        return _short(sizes, width, arrays)
     return _rows_at_best(sizes, width, itemsize, arrays)
 
 
 def slots_of(shape: Shape, view: str, arrays: int) -> int:
     """How many accesses a thread holds in shared memory."""
     turns = _ceil(shape.rounds, TURNS) * TURNS
-    return arrays * (turns if view == "rows" else turns - TURNS)
+    return arrays * (turns - TURNS if view == "planes" else turns)
 
 
 def is_held(shape: Shape, capacity: int) -> bool:

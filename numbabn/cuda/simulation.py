@@ -7,7 +7,7 @@ import numpy as np
 
 from ..layout import View
 from ..libraries import DeviceArray, Place
-from . import channels, planes, rows
+from . import channels, planes, rows, short
 from .arguments import Map, Memory
 from .formats import FORMATS, MOST_BLOCKS, THREADS
 from .simulator import Flat, flat, flat_bytes, run
@@ -16,7 +16,7 @@ from .simulator import Flat, flat, flat_bytes, run
 RUNNING = 264  # blocks that run at once
 SHARED = 104 << 10  # bytes of shared memory that each may ask for
 L2 = 60 << 20  # bytes
-_VIEWS = {"planes": planes, "rows": rows, "channels": channels}
+_VIEWS = {"planes": planes, "rows": rows, "short": short, "channels": channels}
 
 
 def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:

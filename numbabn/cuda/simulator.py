@@ -269,8 +269,8 @@ def write(memory: Any, index: int, value: Any) -> None:
     memory.set(index, value)
 
 
-def read_lanes(x: Flat, memory: Any, index: int, step: int) -> Any:
-    return np.array([memory.get(index + k * step) for k in range(x.width)])
+def read_lanes(x: Flat, memory: Any, index: int, between: int, left: int) -> Any:
+    return np.array([memory.get(index + k * between + (k >= left)) for k in range(x.width)])
 
 
 def write_lanes(memory: Any, index: int, step: int, lanes: Any) -> None:
@@ -278,16 +278,12 @@ def write_lanes(memory: Any, index: int, step: int, lanes: Any) -> None:
         memory.set(index + k * step, value)
 
 
-def width(x: Flat) -> int:
-    return x.width
+def width(x: Any) -> int:
+    return x.width if isinstance(x, Flat) else len(x)
 
 
 def is_wide(x: Flat) -> bool:
     return x.computed is np.float64
-
-
-def width_of(lanes: Any) -> int:
-    return len(lanes)
 
 
 def present(x: Any) -> bool:

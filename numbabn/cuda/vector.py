@@ -45,7 +45,6 @@ from .target import (
     unpack,
     wide,
     width,
-    width_of,
     write,
     write_lanes,
     zeros,
@@ -247,6 +246,19 @@ def multiply(held, dy, bits, x, constants, valid):
 # Sums of a block.
 
 
+class Where(NamedTuple):
+    """Where a thread's lanes find what their channels have."""
+
+    first: Any  # of the first lane
+    between: Any  # from one lane to the next: 0 or 1
+    left: Any  # from this lane on, it is one further
+
+
+@device
+def _lanes_at(x, memory, where, offset):
+    return read_lanes(x, memory, where.first + offset, where.between, where.left)
+
+
 @device
 def crew_sum(value, memory, crew):
     """Sum of a number of each thread of a crew, given to all of them: of a warp, or the block."""
@@ -271,10 +283,10 @@ def staged(lanes, memory):
     """Sum some of a column's lanes for each thread: that of column ``thread() % columns``."""
     t, step = thread(), threads()
     # Row after row of threads, so that lane k of thread t lies at t * width + k.
-    write_lanes(memory, t * width_of(lanes), 1, lanes)
+    write_lanes(memory, t * width(lanes), 1, lanes)
     barrier()
     value = 0.0
-    for k in range(width_of(lanes)):
+    for k in range(width(lanes)):
         value += read(memory, t + k * step)
     barrier()
     return value
@@ -298,12 +310,12 @@ def column_sum(value, memory, columns):
 
 
 @device
-def by_lanes(x, value, memory, columns, column):
+def by_lanes(x, value, memory, columns, where):
     """Give a thread's lanes what the threads of their columns have."""
     if thread() < columns:
         write(memory, thread(), value)
     barrier()
-    lanes = read_lanes(x, memory, column, 1)
+    lanes = _lanes_at(x, memory, where, 0)
     barrier()
     return lanes
 
@@ -419,11 +431,16 @@ def set_normal(x, c, gradients, memory, column, step):
 
 
 @device
-def normal(x, memory, column, between, step):
-    """Give a thread's constants: those of its lanes lie `between` numbers apart."""
+def _constants(x, memory, where, offset):
+    return narrow(x, _lanes_at(x, memory, where, offset))
+
+
+@device
+def normal(x, memory, where, step):
+    """Give a thread's constants, of which each kind lies `step` numbers behind the one before."""
     return Normal(
-        narrow(x, read_lanes(x, memory, column, between)),
-        narrow(x, read_lanes(x, memory, column + step, between)),
+        _constants(x, memory, where, 0),
+        _constants(x, memory, where, step),
     )
 
 
@@ -449,12 +466,12 @@ def set_given_affine(x, c, parameters, settings, memory, column, step):
 
 
 @device
-def affine(x, memory, column, between, step):
+def affine(x, memory, where, step):
     """Give a thread's constants, as `normal` does."""
     return Affine(
-        narrow(x, read_lanes(x, memory, column, between)),
-        narrow(x, read_lanes(x, memory, column + step, between)),
-        narrow(x, read_lanes(x, memory, column + 2 * step, between)),
+        _constants(x, memory, where, 0),
+        _constants(x, memory, where, step),
+        _constants(x, memory, where, 2 * step),
     )
 
 
@@ -473,14 +490,14 @@ def set_gradient_affine(x, c, count, dy, dy_x, gradients, memory, column, step):
 
 
 @device
-def gradient_affine(x, memory, column, between, step):
+def gradient_affine(x, memory, where, step):
     """Give a thread's constants, as `normal` does."""
     return GradientAffine(
-        narrow(x, read_lanes(x, memory, column, between)),
-        narrow(x, read_lanes(x, memory, column + step, between)),
-        narrow(x, read_lanes(x, memory, column + 2 * step, between)),
-        narrow(x, read_lanes(x, memory, column + 3 * step, between)),
-        narrow(x, read_lanes(x, memory, column + 4 * step, between)),
+        _constants(x, memory, where, 0),
+        _constants(x, memory, where, step),
+        _constants(x, memory, where, 2 * step),
+        _constants(x, memory, where, 3 * step),
+        _constants(x, memory, where, 4 * step),
     )
 
 

@@ -70,6 +70,9 @@ FURTHER = {
     "NCHW aligned, several turns": ((12, 2, 24, 24), 1),
     "NCHW of one channel": ((3, 1, 41, 41), 1),
     "NC aligned, several turns": ((400, 40), 1),
+    "NCHW bundled": ((3, 16, 7, 7), 1),
+    "NCHW bundled, several pieces": ((13, 16, 7, 7), 1),
+    "NCHW bundled, swept": ((40, 8, 5, 5), 1),
 }
 SHAPES = cases.SHAPES | SMALLER | FURTHER
 TRAINING = {
@@ -115,11 +118,17 @@ def described(array, axis, arrays=1):
 @pytest.mark.parametrize("arrays_held", [1, 2], ids=["forward", "backward"])
 @dtypes
 def test_the_shapes_cross_every_border(dtype, ulp, arrays_held):
-    found = {"planes": [], "rows": []}
+    found = {"planes": [], "rows": [], "short": []}
     for shape, axis in SHAPES.values():
         call = described(np.zeros(shape, dtype), axis, arrays_held)
         found[call.view].append((call.width, call.shape))
     lanes = formats.FORMATS[np.dtype(dtype).name].lanes
+    short = [s for _, s in found.pop("short")]
+    assert any(s.pieces == 1 for s in short)
+    assert any(1 < s.pieces and schedule.is_held(s, simulation.RUNNING) for s in short)
+    assert any(s.N % s.planes for s in short)
+    assert any(s.rounds > 4 for s in short)
+    assert any(s.below > 1 and formats.THREADS % s.side for s in short)
     for view, shapes in found.items():
         assert {1, lanes} <= {width for width, _ in shapes}
         for width in (1, lanes):
@@ -315,7 +324,14 @@ class TestSameBits:
     @dtypes
     @pytest.mark.parametrize(
         ("shape", "axis"),
-        [((2, 3, 12, 25), 1), ((5, 37), 1), ((9, 5, 13), 1), ((17, 16), 1), ((131, 24), 1)],
+        [
+            ((2, 3, 12, 25), 1),
+            ((5, 37), 1),
+            ((9, 5, 13), 1),
+            ((17, 16), 1),
+            ((131, 24), 1),
+            ((40, 8, 5, 5), 1),
+        ],
     )
     def test_held_and_swept_twice(self, monkeypatch, shape, axis, dtype, ulp):
         launched = set()

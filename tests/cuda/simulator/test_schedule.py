@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from numbabn.cuda import planes, rows, schedule, simulation, simulator, sweep
+from numbabn.cuda import planes, rows, schedule, short, simulation, simulator, sweep
 from numbabn.cuda.formats import CREWS, FORMATS, LANES, THREADS, WARP
 
 pytestmark = pytest.mark.real_blocks
@@ -25,7 +25,7 @@ def takes(view, shape, width):
                 if view == "planes":
                     piece = planes._piece(x, shape, planes._channel(shape, group), index)
                 else:
-                    piece = rows._piece(x, shape, group, index)
+                    piece = (rows if view == "rows" else short)._piece(x, shape, group, index)
                 place = sweep.Place(0, 0)
                 for _ in range(-(-shape.rounds // 4) * 4):
                     if sweep.inside(piece, place):
@@ -64,6 +64,26 @@ def test_all_numbers_are_taken_once(view, N, C, S, width, arrays):
     # All pieces of a channel are put together by threads of one block, each channel by one block.
     assert THREADS >> shape.beside >= min(shape.pieces, THREADS)
     assert view == "planes" or shape.share * shape.pieces >= width << shape.across
+
+
+@pytest.mark.parametrize("arrays", [1, 2])
+@pytest.mark.parametrize("places", [3 * 3, 5 * 5, 7 * 7, 14 * 14])
+@pytest.mark.parametrize("lanes", [2, 4, 8])
+@pytest.mark.parametrize("N", [1, 7, 300])
+def test_all_numbers_of_bundles_are_taken_once(N, lanes, places, arrays):
+    channels = schedule.bundle(places, lanes)
+    sizes = N, 2 * channels, places
+    fits = schedule.is_short(sizes, lanes)
+    assert fits == (channels > 1 and channels * places <= THREADS * lanes)
+    if not fits:
+        return
+    shape = schedule.shape_of("short", sizes, lanes, 8, arrays)
+    taken = sorted(takes("short", shape, lanes))
+    assert len(taken) == len(set(taken)) == N * 2 * channels * places // lanes
+    assert all(c % lanes == 0 and 0 <= c < 2 * channels * places for _, c, _ in taken)
+    assert sum(short._size(shape, index) for index in range(shape.pieces)) == N * places
+    assert shape.groups == 2
+    assert shape.rounds <= schedule.DEPTH // arrays
 
 
 @pytest.mark.parametrize("view", ["planes", "rows"])
