@@ -30,18 +30,21 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _depth(accesses: int, arrays: int) -> int:
-    """How many accesses a thread makes in a piece: few, where else some blocks had no piece."""
+def _depth(accesses: int, arrays: int, whole: int) -> int:
+    """How many accesses a thread makes in a piece, at most.
+
+    Few, where else some blocks had no piece; but a channel of a few accesses is one piece, since
+    waiting for another block takes as long as they do.
+    """
     depth, most = TURNS, DEPTH // arrays
     while depth < most and accesses > depth * THREADS * BLOCKS:
         depth += TURNS
-    return depth
+    return max(depth, whole) if whole <= 2 * TURNS else depth
 
 
 def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     N, C, S = sizes
     accesses = _ceil(S, width)  # of a plane
-    depth = _depth(N * C * accesses, arrays)
     crew = _exponent(THREADS)
     across = min(_exponent(accesses), _exponent(WARP))
     if _ceil(accesses, 1 << across) * _ceil(N, WARP >> across) <= TURNS:
@@ -50,6 +53,7 @@ def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     below = 1 << crew - across
     side = width << across
     per_row = _ceil(S, side)  # accesses of a thread along a plane
+    depth = _depth(N * C * accesses, arrays, per_row * _ceil(N, below))
     if per_row <= depth:
         most = below * (depth // per_row)
         planes = _ceil(_ceil(N, _ceil(N, most)), below) * below  # as many in each piece
@@ -70,7 +74,7 @@ def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
 def _rows(sizes: tuple[int, int, int], width: int, arrays: int, across: int) -> Shape:
     N, C, S = sizes
     below = THREADS >> across
-    depth = _depth(N * S * _ceil(C, width), arrays)
+    depth = _depth(N * S * _ceil(C, width), arrays, _ceil(S, below))
     per_plane = _ceil(S, below * depth)
     rows = _ceil(_ceil(S, per_plane), below) * below
     per_plane = _ceil(S, rows)
@@ -103,7 +107,7 @@ def _short(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     channels = bundle(S, width)
     side = channels * S // width
     below = THREADS // side
-    depth = _depth(N * C * S // width, arrays)
+    depth = _depth(N * C * S // width, arrays, _ceil(N, below))
     pieces = _ceil(N, below * depth)
     planes = _ceil(_ceil(N, pieces), below) * below
     pieces, rounds = _ceil(N, planes), _ceil(min(N, planes), below)
