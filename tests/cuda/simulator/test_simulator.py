@@ -8,7 +8,7 @@ from problem import Problem, check_constant, check_training
 
 import numbabn
 from numbabn.backends import borrow
-from numbabn.cuda import planes, rows, simulation, sweep, vector, workspace
+from numbabn.cuda import planes, rows, short, simulation, sweep, vector, workspace
 from numbabn.cuda import simulator as gpu
 from numbabn.cuda.formats import CONSTANTS, CREWS, FORMATS, THREADS, WARP
 
@@ -275,6 +275,15 @@ BROKEN = {
     "no barrier in a block's sum": (vector, "barrier", nothing, (2, 3, 24, 25), RuntimeError),
     "no barrier around planes' constants": (planes, "barrier", nothing, (9, 5, 13), RuntimeError),
     "no barrier around rows' constants": (rows, "barrier", nothing, (131, 24), RuntimeError),
+    "no barrier around short planes' constants": (
+        short, "barrier", nothing, (13, 16, 7, 7), RuntimeError,
+    ),
+    "short planes' pieces count alike": (
+        short, "_size", swapped_size(short._size), (13, 16, 7, 7), AssertionError,
+    ),
+    "blocks of short planes do not wait": (
+        vector, "awaited", lambda counters, index: False, (13, 16, 7, 7), AssertionError,
+    ),
     "planes' pieces count alike": (
         planes, "_size", swapped_size(planes._size), (11, 3, 7, 7), AssertionError,
     ),
@@ -282,7 +291,7 @@ BROKEN = {
         rows, "_size", swapped_size(rows._size), (131, 24), AssertionError,
     ),
     "blocks of planes do not wait": (
-        vector, "awaited", lambda counters, index: False, (2, 3, 24, 25), AssertionError,
+        vector, "awaited", lambda counters, index: False, (4, 3, 24, 25), AssertionError,
     ),
     "blocks of rows do not wait": (
         vector, "awaited", lambda counters, index: False, (131, 24), AssertionError,
@@ -307,7 +316,8 @@ def test_a_broken_kernel_is_told(monkeypatch, module, name, broken, shape, error
 
 
 def test_numbers_that_overflow_as_they_are_grown(monkeypatch):
-    for module in (planes, rows):
+    for module in (planes, rows, short):
         monkeypatch.setattr(module, "counts", lambda attempt, m2: True)
-    with pytest.raises(AssertionError):
-        check_constant((3, 4, 7), 1, np.float32, 1e30, ON)
+    for shape in ((3, 4, 7), (3, 3, 7), (9, 40)):
+        with pytest.raises(AssertionError):
+            check_constant(shape, 1, np.float32, 1e30, ON)
