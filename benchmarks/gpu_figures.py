@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu_targets import COPIES
 from gpu_ways import WAYS, Buffers, compile_ahead, l2_bytes
 
 import numbabn
@@ -224,8 +225,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     Subject.cycles_per_second = Subject.cycles_per_second or clock()
     subjects = {name: Subject(call, data.sets) for name, call in ways.items()}
     if request.get("hot") and case.traffic <= l2_bytes():
-        for name in {"numbabn", *WAYS["copy"](data)} & ways.keys():
-            subjects[f"{name}, hot"] = Subject(ways[name], 1)
+        for name in ("numbabn", *COPIES):
+            if name in ways:
+                subjects[f"{name}, hot"] = Subject(ways[name], 1)
     end = time.perf_counter() + request.get("seconds", SECONDS)
     for k in range(MOST):
         for subject in subjects.values():

@@ -43,6 +43,7 @@ ENDS = {
     "host": 360.0, "variants": 378.0,
 }  # fmt: skip
 SLOWEST = 60.0  # for one answer
+SLOWEST_CASE = 25.0  # likewise, with the start of a process where the last one was lost
 EVERY = 5.0  # the report of hundreds of cases takes a tenth of a second to write
 INDUCTORS = 6  # processes for torch.compile, beside the tests
 PACKAGES = (
@@ -69,7 +70,8 @@ SHARDS = {
 # By themselves, afterwards.
 TIMING = {"bench": ("test_bench.py", "")}
 OPS = ("forward", "inference", "backward")
-FAILURES = 3  # cases of a kind that the process may die of
+FAILURES = 3  # of a kind of cases, after which no more are tried
+LOST = 6  # processes, after which no more cases are: each costs seconds
 # From less than the chip holds to far more, N, C, H, W.
 GROWING = [
     (8, 64, 32, 32), (32, 512, 7, 7), (32, 256, 14, 14), (32, 512, 28, 28), (32, 256, 56, 56),
@@ -373,6 +375,7 @@ def time_cases(
 ) -> None:
     """Measure until so many seconds are left; of what fails again and again, no more."""
     failures: Counter[str] = Counter()
+    lost = 0
     for k, case in enumerate(cases):
         if report.left < end:
             report.problem(f"{key}: no time for {len(cases) - k} of {len(cases)}")
@@ -380,8 +383,12 @@ def time_cases(
         kind = f"{case['op']} {case['layout']} {case['dtype']}"
         if failures[kind] == FAILURES:
             continue
-        answer = worker.ask("measure", min(SLOWEST, report.left - 3), **how, **case)
+        answer = worker.ask("measure", min(SLOWEST_CASE, report.left - 3), **how, **case)
         add(report, key, case, answer)
+        lost += worker.process is None
+        if lost == LOST:
+            report.problem(f"{key}: no more of {len(cases) - k - 1} after {LOST} lost processes")
+            return
         failures[kind] += "failed" in answer
         if "failed" in answer and failures[kind] == FAILURES:
             report.problem(f"{key}, {kind}: no more of these after {FAILURES} failures")
@@ -394,9 +401,8 @@ def time_compiled(report: Report, worker: Worker, cases: list[dict[str, Any]]) -
         if report.left < 8 or failed == FAILURES:
             report.problem(f"torch.compile: {len(cases) - k} of {len(cases)} cases left out")
             return
-        answer = worker.ask(
-            "measure", report.left - 3, ways=["numbabn", "compile"], seconds=0.1, **case
-        )
+        seconds = min(SLOWEST_CASE, report.left - 3)
+        answer = worker.ask("measure", seconds, ways=["numbabn", "compile"], seconds=0.1, **case)
         if "torch.compile" not in answer.get("times", {}):
             failed += 1
             report.problem(f"torch.compile: {answer.get('errors', {}).get('torch.compile', '-')}")

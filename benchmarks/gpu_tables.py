@@ -4,7 +4,7 @@ from itertools import groupby
 from typing import Any
 
 import gpu_targets
-from gpu_targets import PYTORCH, SMALL, dry, mean
+from gpu_targets import PYTORCH, SMALL, dry, mean, name_of, spread
 
 
 def readable(found: dict[str, Any]) -> str:
@@ -19,6 +19,7 @@ def readable(found: dict[str, Any]) -> str:
         table(
             "Held on the chip, and swept twice", found["variants"], ("numbabn swept twice",)
         ),
+        f"Sweeping twice takes, times what held takes: {swept(found['variants'])}.\n",
         host(found["host"]),
         "## Kernels\n\nRegisters of a thread, bytes of shared memory of a block beside what it "
         "holds, bytes spilled, blocks of a multiprocessor compiled for.\n",
@@ -63,13 +64,14 @@ def table(title: str, rows: list[dict[str, Any]], ways: tuple[str, ...]) -> str:
     lines = [
         f"## {title}\n",
         "Milliseconds on the device, of numbabn into a given result. GB/s count 1 read and 1 write "
-        "of x, backward 2 and 1; the copy is of x, by the faster of two ways. Hot is what one set "
-        "of buffers, all of it in L2, takes of its copy. !: the device has waited for the host.\n",
+        "of x, backward 2 and 1; the copy is of x, by the faster of two ways. Hot is the fraction "
+        "of the copy on one set of buffers that L2 holds. !: the device has waited for the "
+        "host.\n",
     ]
     for name, group in groups(rows):
         lines.append(f"\n### {name}, N = {group[0]['shape'][0]}\n")
         cells = [
-            "shape", "ms", "±", "GB/s", "copy GB/s", "of copy", "hot", *ways, "times the best",
+            "shape", "ms", "±", "GB/s", "copy GB/s", "of copy", "hot", *ways, "times as fast",
             "kernels: blocks, bytes held",
         ]  # fmt: skip
         lines += [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
@@ -100,6 +102,15 @@ def line(row: dict[str, Any], ways: tuple[str, ...]) -> str:
         number("of_copy_hot", 2), *map(ms, ways), number("times_as_fast", 2), kernels,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def swept(rows: list[dict[str, Any]]) -> str:
+    """Sum up whether it is right to hold what is held; below 1 it is not."""
+    return spread({
+        name_of(row): row["times_as_fast"]
+        for row in rows
+        if "times_as_fast" in row and len(row["kernels"]["numbabn"]) == 1
+    })  # fmt: skip
 
 
 def host(calls: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ SMALL = (8, 64, 32, 32)  # of which the host's time is taken
 BATCHES = (256, 32)  # of ResNet-50's shapes
 COPIES = ("copy", "copy by a kernel")
 PYTORCH = ("cuDNN", "native")
+OTHERS = (*PYTORCH, "torch.compile", "numbabn swept twice")
 ON_CHIP = 40e6  # bytes of inputs that fit on the chip, about
 OF_COPY, OF_COPY_INFERENCE = 0.75, 0.9
 MEAN, WORST = 1.2, 0.9  # times the better one of PyTorch's
@@ -58,7 +59,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def compared(row: Row) -> Row:
-    """Say what follows from a row's times: fractions of the copy, and times of PyTorch's."""
+    """Say what follows from a row's times: fractions of the copy, and times of the best other."""
     times = {way: each["ms"] for way, each in row.get("times", {}).items() if not dry(each)}
     ours, more = times.get("numbabn"), {}
     for end, key in (("", "of_copy"), (", hot", "of_copy_hot")):
@@ -70,7 +71,7 @@ def compared(row: Row) -> Row:
                 more["gb_s"] = row["traffic"] / mine / 1e6
                 more["copy_gb_s"] = 2 * row["bytes"] / min(copies) / 1e6
     if ours:
-        theirs = {way: times[way] / ours for way in (*PYTORCH, "torch.compile") if way in times}
+        theirs = {way: times[way] / ours for way in OTHERS if way in times}
         if theirs:
             more["best"] = min(theirs, key=lambda way: theirs[way])
             more["times_as_fast"] = theirs[more["best"]]
@@ -90,6 +91,17 @@ def mean(numbers: Iterable[float | None]) -> float:
     """Give the geometric mean of what there is."""
     logarithms = [math.log(number) for number in numbers if number]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
+
+
+def spread(found: dict[str, float]) -> str:
+    """Sum up numbers by name, the least of them by itself."""
+    if not found:
+        return "not measured"
+    worst = min(found, key=lambda name: found[name])
+    return (
+        f"{mean(found.values()):.2f} in the mean, {found[worst]:.2f} at worst ({worst}), "
+        f"{len(found)} cases"
+    )
 
 
 def _reads(row: Row) -> float:
@@ -124,7 +136,7 @@ def _resnet(cases: list[Row], compiled: list[Row]) -> Line:
     eager = {name_of(row): row["times_as_fast"] for row in cases if fits(row)}
     inductor = {name_of(row): row["times_as_fast"] for row in compiled if fits(row)}
     both = {name: min(eager[name], inductor[name]) for name in eager if name in inductor}
-    alone = _spread(eager)
+    alone = spread(eager)
     if not both:
         line = _nothing(what, target)
         return line._replace(measured=f"no torch.compile; eager PyTorch alone: {alone}")
@@ -133,7 +145,7 @@ def _resnet(cases: list[Row], compiled: list[Row]) -> Line:
         "better one: the best of cuDNN and native kernels through PyTorch, timed in turns with "
         f"numbabn, and of torch.compile, likewise; cuDNN and native alone: {alone}"
     )
-    return Line(what, target, _spread(both), reached, how)
+    return Line(what, target, spread(both), reached, how)
 
 
 def _fraction(what: str, rows: list[Row], key: str, least: float, how: str) -> Line:
@@ -142,17 +154,7 @@ def _fraction(what: str, rows: list[Row], key: str, least: float, how: str) -> L
     if not found:
         return _nothing(what, target)
     good = sum(each >= least for each in found.values())
-    return Line(what, target, f"{_spread(found)}; {good} reach it", good == len(found), how)
-
-
-def _spread(found: dict[str, float]) -> str:
-    if not found:
-        return "not measured"
-    worst = min(found, key=lambda name: found[name])
-    return (
-        f"{mean(found.values()):.2f} in the mean, {found[worst]:.2f} at worst ({worst}), "
-        f"{len(found)} cases"
-    )
+    return Line(what, target, f"{spread(found)}; {good} reach it", good == len(found), how)
 
 
 def _host(calls: list[Row], op: str) -> Line:

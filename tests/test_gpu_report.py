@@ -23,7 +23,7 @@ LAUNCH = {
 WORKER = """
 import json, sys, time
 ANSWERS = json.loads({answers!r})
-ASKED = {{"cuDNN": "torch", "torch.compile": "compile"}}
+ASKED = {{"cuDNN": "torch", "torch.compile": "compile", "numbabn swept twice": "swept"}}
 for line in sys.stdin:
     request = json.loads(line)
     do = request["do"]
@@ -170,7 +170,8 @@ EVERYTHING = {
     "compile_for": {"seconds": 1.0},
     "measure": answer(
         times=times(numbabn=0.005, copy=0.004, cuDNN=0.01)
-        | times(**{"torch.compile": 0.008, "numbabn, hot": 0.003, "copy, hot": 0.002}),
+        | times(**{"torch.compile": 0.008, "numbabn swept twice": 0.006})
+        | times(**{"numbabn, hot": 0.003, "copy, hot": 0.002}),
         bytes=5 * 10**6, traffic=10**7,
     ),
     "host": {"calls": CALLS},
@@ -212,6 +213,7 @@ def test_the_whole_report(gpu_report, run):
     resnet = lines["ResNet-50, N = 256 and 32, forward and backward"]
     assert "1.60 in the mean, 1.60 at worst" in resnet
     assert "144 cases | yes" in resnet
+    assert "times what held takes: 1.20 in the mean, 1.20 at worst" in text
     assert "0.80 in the mean" in lines["forward, inputs of at most 40 MB"]
     assert "0.67 in the mean" in lines["forward, inputs of at most 40 MB, hot"]
     assert "not measured | -" in lines["large inference"]
@@ -229,6 +231,21 @@ def test_whatever_fails_is_told_and_no_more(run, broken):
     assert text.startswith("# numbabn on a GPU\n\n## Asked and measured\n")
     if "measure" in broken:
         assert "yes |" not in text.partition("host time")[0]
+
+
+def test_many_lost_processes_end_the_figures(gpu_report, run, monkeypatch):
+    monkeypatch.setattr(gpu_report, "LOST", 2)
+    found, _ = run(EVERYTHING | {"measure": {"failed": "x", "lost": True}}, "--no-tests")
+    assert len(found["cases"]) == len(found["variants"]) == 2
+    assert len(found["compiled"]) == gpu_report.FAILURES
+    assert any("after 2 lost processes" in problem for problem in found["problems"])
+
+
+def test_no_time_is_no_crash(gpu_report, run, monkeypatch):
+    monkeypatch.setattr(gpu_report, "BUDGET", 0.0)
+    monkeypatch.setattr(gpu_report, "ENDS", dict.fromkeys(gpu_report.ENDS, 0.0))
+    found, _ = run(EVERYTHING, "--no-tests")
+    assert found["cases"] == found["variants"] == found["compiled"] == []
 
 
 def test_tests_are_summed_up(gpu_report, tmp_path, monkeypatch):
