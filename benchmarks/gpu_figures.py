@@ -10,182 +10,31 @@ import re
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+from gpu_targets import COPIES
+from gpu_ways import WAYS, Buffers, compile_ahead, l2_bytes
 
 import numbabn
-from numbabn import backends, functional, layout
-from numbabn.cli.bench.cases import DTYPES, TRAFFIC, Case
+from numbabn.cli.bench.cases import DTYPES, Case
 
-EPS, MOMENTUM = 1e-5, 0.1
 # Largest error by the largest expected value.
 TOLERANCES = {"float32": 4e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1.6e-2}
-CACHES = 3  # times the L2 cache that all sets of buffers fill together
-MOST_SETS, MOST_CALLS = 128, 96  # a stream holds some 1000 launches before the host must wait
+MOST_CALLS = 96  # of a sample: a stream holds some 1000 launches before the host must wait
 SAMPLE = 4e-4  # seconds on the device, by as many calls as that takes
-LEAST, MOST = 7, 25  # samples
-SECONDS = 0.25  # of samples for a case
+LEAST, MOST = 5, 25  # samples
+SECONDS = 0.2  # of samples for a case
+ROUNDS = 150  # of ten calls, of whose time on the host the median is taken
 
 
-class Buffers:
-    """What a case reads and writes, several times over, all with the same values."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        dtype = getattr(torch, case.dtype)
-        shape, C = case.shape, case.channels
-        last = torch.channels_last if case.layout == "nhwc" else torch.contiguous_format
-        self.column = (1, C, *[1] * (len(shape) - 2))
-        self.dims = [k for k in range(len(shape)) if k != 1]
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def noise(*size: int) -> Any:
-            return torch.randn(size, device="cuda", dtype=torch.float32, generator=generator)
-
-        std = noise(C).abs_() + 0.5
-        x = torch.randn(shape, device="cuda", dtype=dtype, generator=generator)
-        x.mul_(std.to(dtype).view(self.column)).add_((noise(C) / 2).to(dtype).view(self.column))
-        dy = torch.randn(shape, device="cuda", dtype=dtype, generator=generator)
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size or 60 << 20
-        each = case.nbytes * TRAFFIC[case.op].sweeps
-        self.sets = min(MOST_SETS, max(1 if each > 1 << 30 else 2, math.ceil(CACHES * l2 / each)))
-        lay = {"memory_format": last}
-        self.x = [x.contiguous(**lay).clone() for _ in range(self.sets)]
-        self.out = [torch.full_like(self.x[0], math.nan) for _ in range(self.sets)]
-        times = self.sets if case.op == "backward" else 0
-        self.dy = [dy.contiguous(**lay).clone() for _ in range(times)]
-        self.weight, self.bias = noise(C).abs_() + 0.5, noise(C)
-        self.running = {
-            who: (torch.zeros(C, device="cuda"), torch.ones(C, device="cuda"))
-            for who in ("numbabn", "torch")
-        }
-        wide = x.double()
-        self.mean = wide.mean(self.dims)
-        var = (wide - self.mean.view(self.column)).square_().mean(self.dims)
-        self.var, self.invstd = var, (var + EPS).rsqrt()
-
-    def expected(self) -> dict[str, Any]:
-        """Compute it in float64, by formulas of its own."""
-        wide = self.x[0].double()
-        mean, var = self.mean, self.var
-        weight, bias = self.weight.double(), self.bias.double()
-        count = wide.numel() // self.case.channels
-        if self.case.op == "inference":
-            mean, var = torch.zeros_like(mean), torch.ones_like(var)
-        invstd = (var + EPS).rsqrt()
-        wide.sub_(mean.view(self.column)).mul_(invstd.view(self.column))
-        if self.case.op == "backward":
-            dy = self.dy[0].double()
-            dbias, dweight = dy.sum(self.dims), (dy * wide).sum(self.dims)
-            dy.sub_((dbias / count).view(self.column))
-            dy.sub_(wide.mul_((dweight / count).view(self.column)))
-            dx = dy.mul_((weight * invstd).view(self.column))
-            return {"y": dx, "dweight": dweight, "dbias": dbias}
-        y = wide.mul_(weight.view(self.column)).add_(bias.view(self.column))
-        if self.case.op == "inference":
-            return {"y": y}
-        unbiased = var * count / (count - 1)
-        return {
-            "y": y, "mean": mean, "invstd": invstd,
-            "running_mean": MOMENTUM * mean,
-            "running_var": (1 - MOMENTUM) + MOMENTUM * unbiased,
-        }  # fmt: skip
-
-
-def numbabn_ways(data: Buffers) -> dict[str, Any]:
-    """Give numbabn's calls by name: into a given result, and into a fresh one."""
-    w, b, running = data.weight, data.bias, data.running["numbabn"]
-
-    def forward(i: int, out: Any) -> Any:
-        return numbabn.batch_norm_forward(data.x[i], w, b, *running, out=out)
-
-    def inference(i: int, out: Any) -> Any:
-        return numbabn.batch_norm_inference(data.x[i], *running, w, b, out=out)
-
-    def backward(i: int, out: Any) -> Any:
-        return numbabn.batch_norm_backward(
-            data.dy[i], data.x[i], w, data.mean, data.invstd, out=out
-        )
-
-    call = {"forward": forward, "inference": inference, "backward": backward}[data.case.op]
-    return {"numbabn": lambda i: call(i, data.out[i]), "numbabn fresh": lambda i: call(i, None)}
-
-
-def torch_ways(data: Buffers) -> dict[str, Any]:
-    """Give PyTorch's own calls, through cuDNN and by its own kernels; results are fresh."""
-    w, b, running = data.weight, data.bias, data.running["torch"]
-    if data.case.op != "backward":
-        training = data.case.op == "forward"
-
-        def call(cudnn: bool) -> Any:
-            return lambda i: torch.batch_norm(
-                data.x[i], w, b, *running, training, MOMENTUM, EPS, cudnn
-            )
-
-        return {"cuDNN": call(True), "native": call(False)}
-    aten = torch.ops.aten
-    mean, invstd = data.mean.float(), data.invstd.float()
-    ways: dict[str, Any] = {
-        "native": lambda i: aten.native_batch_norm_backward(
-            data.dy[i], data.x[i], w, *running, mean, invstd, True, EPS, [True, True, True]
-        )
-    }
-    try:
-        saved = [aten.cudnn_batch_norm(x, w, b, *running, True, MOMENTUM, EPS)[1:] for x in data.x]
-    except RuntimeError as error:
-        return ways | {"cuDNN": raising(error)}
-    return ways | {
-        "cuDNN": lambda i: aten.cudnn_batch_norm_backward(
-            data.x[i], data.dy[i], w, *running, *saved[i][:2], EPS, saved[i][2]
-        )
-    }
-
-
-def raising(error: Exception) -> Any:
-    """Give a call that tells why there is none."""
-
-    def call(i: int) -> Any:
-        raise error
-
-    return call
-
-
-def compiled_way(data: Buffers) -> dict[str, Any]:
-    """Give torch.compile's call."""
-    torch._dynamo.reset()
-    w, b, running = data.weight, data.bias, data.running["torch"]
-    if data.case.op == "backward":
-        mean, invstd = data.mean.float(), data.invstd.float()
-
-        def backward(dy: Any, x: Any, w: Any, mean: Any, invstd: Any) -> Any:
-            return torch.ops.aten.native_batch_norm_backward(
-                dy, x, w, None, None, mean, invstd, True, EPS, [True, True, True]
-            )
-
-        run = torch.compile(backward, dynamic=False)
-        return {"torch.compile": lambda i: run(data.dy[i], data.x[i], w, mean, invstd)}
-    training = data.case.op == "forward"
-
-    def forward(x: Any, mean: Any, var: Any, w: Any, b: Any) -> Any:
-        return F.batch_norm(x, mean, var, w, b, training, MOMENTUM, EPS)
-
-    run = torch.compile(forward, dynamic=False)
-    return {"torch.compile": lambda i: run(data.x[i], *running, w, b)}
-
-
-def copy_ways(data: Buffers) -> dict[str, Any]:
-    """Give a copy of x, by the driver and by a kernel: the limit."""
-    return {
-        "copy": lambda i: data.out[i].copy_(data.x[i]),
-        "copy by a kernel": lambda i: torch.neg(data.x[i], out=data.out[i]),
-    }
+def case_of(request: dict[str, Any]) -> Case:
+    return Case(request["op"], request["layout"], request["dtype"], tuple(request["shape"]))
 
 
 def errors_of(data: Buffers, expected: dict[str, Any], name: str, result: Any) -> dict[str, float]:
@@ -217,40 +66,69 @@ def reset(data: Buffers) -> None:
         var.fill_(1)
 
 
-def check(data: Buffers, ways: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[Any]]:
-    """Call everything once; give errors, what is wrong, and numbabn's kernels with their grids."""
+@contextmanager
+def recorded() -> Any:
+    """List the kernels that numbabn launches meanwhile, and how."""
     from numbabn import cuda
 
-    expected = data.expected()
     launch, launched = cuda.runner.launch, []
 
-    def recorded(place: Any, kernel: str, view: str, form: str, width: int, *rest: Any) -> None:
-        launched.append((kernel, view, form, width, rest[0]))
-        launch(place, kernel, view, form, width, *rest)
+    def recording(
+        place: Any, kernel: str, view: str, form: str, width: int, blocks: int, *arguments: Any,
+        shared: int = 0, together: bool = False,
+    ) -> None:  # fmt: skip
+        launched.append({
+            "kernel": kernel, "view": view, "format": form, "width": width, "blocks": blocks,
+            "shared": shared, "together": together, "cut": arguments[-1]._asdict(),
+        })  # fmt: skip
+        launch(
+            place, kernel, view, form, width, blocks, *arguments, shared=shared, together=together
+        )
 
-    errors, wrong = {}, []
+    cuda.runner.launch = recording
+    try:
+        yield launched
+    finally:
+        cuda.runner.launch = launch
+
+
+def check(data: Buffers, ways: dict[str, Any]) -> dict[str, Any]:
+    """Call everything once; tell errors, what is wrong, and the kernels of each of numbabn's ways.
+
+    What has raised is taken from the ways.
+    """
+    begin = time.perf_counter()
+    expected = data.expected()
+    errors: dict[str, Any] = {}
+    wrong: list[str] = []
+    kernels: dict[str, Any] = {}
     for name in list(ways):
+        ours = name.startswith("numbabn")
         reset(data)
-        cuda.runner.launch = recorded if name == "numbabn" else launch
         try:
-            errors[name] = errors_of(data, expected, name, ways[name](data.sets - 1))
+            with recorded() as launched:
+                result = ways[name](data.sets - 1)
+            errors[name] = errors_of(data, expected, name, result)
             torch.cuda.synchronize()
         except Exception as error:
             torch.cuda.synchronize()  # raises where the device's state is lost
             errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
             del ways[name]
-            if name.startswith("numbabn"):
+            if ours:
                 wrong.append(f"{name} raised {errors[name]}")
                 print(traceback.format_exc(), file=sys.stderr)
             continue
-        finally:
-            cuda.runner.launch = launch
+        if ours:
+            kernels[name] = launched
         tolerance = TOLERANCES[data.case.dtype]
         off = {key: value for key, value in errors[name].items() if not value <= tolerance}
-        if off and name.startswith("numbabn"):
+        if off and ours:
             wrong.append(f"{name} is off by {off}")
     reset(data)
-    return errors, wrong, launched
+    return {
+        "errors": errors, "wrong": wrong, "kernels": kernels,
+        "check_s": time.perf_counter() - begin,
+    }  # fmt: skip
 
 
 class Subject:
@@ -331,137 +209,70 @@ def clock() -> float:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Check a case, then time everything that can do it, in turns."""
-    case = Case(request["op"], request["layout"], request["dtype"], tuple(request["shape"]))
+    """Check some ways to do a case, then time all that are right, and copies, in turns."""
+    case = case_of(request)
     torch.cuda.empty_cache()
     data = Buffers(case)
-    ways = numbabn_ways(data)
-    ways |= compiled_way(data) if request.get("compile") else torch_ways(data)
-    begin = time.perf_counter()
-    errors, wrong, launched = check(data, ways)
-    checked = time.perf_counter() - begin
-    answer = {
-        "errors": errors, "wrong": wrong, "kernels": launched,
-        "sets": data.sets, "check_s": checked,
-    }  # fmt: skip
-    if wrong:
-        for name in ("numbabn", "numbabn fresh"):
-            ways.pop(name, None)
+    ways: dict[str, Any] = {}
+    for name in request["ways"]:
+        if name != "copy":
+            ways |= WAYS[name](data)
+    answer = check(data, ways)
+    if answer["wrong"]:
+        ways = {name: call for name, call in ways.items() if not name.startswith("numbabn")}
+    if "copy" in request["ways"]:
+        ways |= WAYS["copy"](data)
     Subject.cycles_per_second = Subject.cycles_per_second or clock()
-    subjects = {name: Subject(call, data.sets) for name, call in (ways | copy_ways(data)).items()}
-    end = time.perf_counter() + SECONDS
+    subjects = {name: Subject(call, data.sets) for name, call in ways.items()}
+    if request.get("hot") and case.traffic <= l2_bytes():
+        for name in ("numbabn", *COPIES):
+            if name in ways:
+                subjects[f"{name}, hot"] = Subject(ways[name], 1)
+    end = time.perf_counter() + request.get("seconds", SECONDS)
     for k in range(MOST):
         for subject in subjects.values():
             subject.sample()
         if k + 1 >= LEAST and time.perf_counter() > end:
             break
     times = {name: subject.document() for name, subject in subjects.items()}
-    return answer | {"times": times, "traffic": case.traffic, "bytes": case.nbytes}
+    return answer | {
+        "times": times, "sets": data.sets, "traffic": case.traffic, "bytes": case.nbytes,
+        "hot_fits": case.traffic <= l2_bytes(),
+    }  # fmt: skip
 
 
-def per_call(call: Any, calls: int = 300, repeats: int = 7) -> float:
-    """Microseconds of the host for one call; it never waits for the device in between."""
-    found = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        found.append((time.perf_counter() - begin) / calls)
+def compile_for(request: dict[str, Any]) -> dict[str, Any]:
+    """Let torch.compile leave on disk what it makes for a case."""
+    begin = time.perf_counter()
+    compile_ahead(case_of(request))
     torch.cuda.synchronize()
-    return 1e6 * median(found)
+    torch.cuda.empty_cache()
+    return {"seconds": time.perf_counter() - begin}
 
 
 def host(request: dict[str, Any]) -> dict[str, Any]:
-    """Take the host's time of each way to do an operation on a small array."""
-    case = Case(request["op"], "nchw", "float16", tuple(request["shape"]))
-    if request["pieces"]:
-        return pieces(Buffers(case))
-    data = Buffers(case)
-    return {
-        f"{case.op}, {name}": attempt(lambda call=call: per_call(lambda: call(0)))
-        for name, call in (numbabn_ways(data) | torch_ways(data)).items()
-    }
+    """Take the host's time of all calls on a small array, and of their pieces."""
+    import host_path
+
+    return {"calls": list(host_path.measured(tuple(request["shape"]), ROUNDS, "cuda"))}
 
 
-def attempt(call: Any) -> Any:
-    """Give a result, or why there is none."""
-    try:
-        return call()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def pieces(data: Buffers) -> dict[str, Any]:
-    """Take the host's time of the steps of a forward call, each by itself."""
-    from numbabn import cuda
-
-    x, out, w, b = data.x[0], data.out[0], data.weight, data.bias
-    mean, var = data.running["numbabn"]
-    arrays = {
-        "x": x, "weight": w, "bias": b, "running_mean": mean, "running_var": var,
-        "residual": None, "out": out,
-    }  # fmt: skip
-    found: dict[str, Any] = {}
-
-    def take(name: str, call: Any) -> None:
-        found[name] = attempt(lambda: per_call(call))
-
-    take("borrow 6 arrays", lambda: backends.borrow(None, **arrays))
-    seen = dict(zip(arrays, backends.borrow(None, **arrays), strict=True))
-    given = [seen[name] for name in ("x", "weight", "bias", "running_mean", "running_var")]
-    take(
-        "check",
-        lambda: functional._check_forward(*given, MOMENTUM, EPS, 1, None, None, 1, seen["out"]),
-    )
-    backend = backends.backend_of("x", seen["x"])
-    take("allocate y", lambda: backend.empty_like(seen["x"]))
-    take(
-        "allocate one number per channel",
-        lambda: backend.empty((x.shape[1],), np.float64, seen["x"]),
-    )
-    take("arrange", lambda: layout.arrange(backend, 1, (seen["x"], None), (seen["out"],)))
-    laid = layout.arrange(backend, 1, (seen["x"], None), (seen["out"],))
-    *maps, mask = laid.views
-    take("describe the call", lambda: cuda._Call(laid, tuple(maps), mask))
-    call = attempt(lambda: cuda._Call(laid, tuple(maps), mask))
-
-    def alone() -> None:
-        with call.alone():
-            pass
-
-    take("make the device current, take the lock", alone)
-    launch, launched = cuda.runner.launch, []
-    cuda.runner.launch = lambda *arguments: (launched.append(arguments), launch(*arguments))[1]
-    try:
-        attempt(lambda: numbabn.batch_norm_forward(x, w, b, mean, var, out=out))
-    finally:
-        cuda.runner.launch = launch
-    for arguments in launched:
-        take(f"launch {arguments[1]}", lambda arguments=arguments: launch(*arguments))
-    take(
-        "backend.forward, whole",
-        lambda: backend.forward(laid, tuple(given[1:]), EPS, 0.1, 1, False),
-    )
-    return found
-
-
-def prepare(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile kernels, on the host alone."""
+def variants(request: dict[str, Any]) -> dict[str, Any]:
+    """List the kernels that can be compiled, what takes longest first."""
     from numbabn.cuda import compilation
 
-    begin, done = time.perf_counter(), 0
-    failed: dict[str, list[str]] = {}
-    wanted = {tuple(each) for each in request["variants"]}
-    for variant in compilation.variants():
-        if (variant.view, variant.format, variant.width) in wanted:
-            try:
-                compilation.compiled(variant, tuple(request["capability"]))
-                done += 1
-            except Exception as error:
-                failed.setdefault(f"{type(error).__name__}: {error}", []).append(str(variant))
-    problems = [f"{', '.join(those[:3])} ({len(those)}): {why}" for why, those in failed.items()]
-    return {"compiled": done, "seconds": time.perf_counter() - begin, "problems": problems}
+    found = compilation.variants()
+    found.sort(key=lambda each: each.kernel not in ("forward", "backward"))
+    return {"variants": found}
+
+
+def assemble(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile a kernel, on the host alone, and leave it on disk."""
+    from numbabn.cuda import compilation
+
+    begin = time.perf_counter()
+    compilation.compiled(compilation.Variant(*request["variant"]), tuple(request["capability"]))
+    return {"seconds": time.perf_counter() - begin}
 
 
 def kernels(request: dict[str, Any]) -> dict[str, Any]:
@@ -469,11 +280,11 @@ def kernels(request: dict[str, Any]) -> dict[str, Any]:
     from numbabn.cuda import compilation
 
     found = {}
-    for kernel, view, form, width in request["variants"]:
-        variant = compilation.Variant(kernel, view, form, width)
-        report = compilation.compiled(variant, torch.cuda.get_device_capability()).report
+    for each in request["variants"]:
+        variant = compilation.Variant(*each)
+        code = compilation.compiled(variant, torch.cuda.get_device_capability())
         numbers = {
-            key: sum(map(int, re.findall(pattern, report)))
+            key: sum(map(int, re.findall(pattern, code.report)))
             for key, pattern in {
                 "registers": r"Used (\d+) registers",
                 "shared": r"(\d+) bytes smem",
@@ -481,7 +292,7 @@ def kernels(request: dict[str, Any]) -> dict[str, Any]:
                 "stack": r"(\d+) bytes stack",
             }.items()
         }
-        found[str(variant)] = numbers
+        found[str(variant)] = numbers | {"resident": code.resident}
     return {"kernels": found}
 
 
@@ -492,7 +303,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "gpu": device.name,
         "capability": list(torch.cuda.get_device_capability()),
         "multiprocessors": device.multi_processor_count,
-        "l2_bytes": device.L2_cache_size,
+        "l2_bytes": l2_bytes(),
         "memory_bytes": device.total_memory,
         "torch_cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -502,7 +313,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-REQUESTS = {f.__name__: f for f in (facts, prepare, measure, host, kernels)}
+REQUESTS = {f.__name__: f for f in (facts, variants, assemble, compile_for, measure, host, kernels)}
 
 
 def main() -> None:

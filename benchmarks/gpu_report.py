@@ -1,12 +1,13 @@
 """One call on a machine with a GPU: every GPU test, then the figures, in one report.
 
-``python benchmarks/gpu_report.py --out DIR`` takes less than eight minutes and needs Python with
-numba, numba-cuda, PyTorch and pytest, CuPy for some of the tests; it installs nothing. Whatever
-fails is told in the report and stops nothing else, and what is known so far is always written:
-``report.md`` to read, ``report.json`` with everything, ``tests.txt`` with what pytest said.
+``python benchmarks/gpu_report.py --out DIR`` takes some seven minutes, less than eight, and needs
+Python with numba, numba-cuda, PyTorch and pytest, CuPy for some of the tests; it installs nothing.
+Whatever fails is told in the report and stops nothing else, and what is known so far is always
+written: ``report.md`` to read, ``report.json`` with everything, ``tests.txt`` with pytest's words.
 
 Device times are of CUDA events around many calls that the host has enqueued while the device
 waited, over sets of buffers that together fill three L2 caches; medians of samples in turns.
+Kernels, numbabn's and torch.compile's, are compiled ahead by many processes into folders on disk.
 """
 
 import argparse
@@ -20,19 +21,31 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+import traceback
+from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from gpu_tables import readable, summary
+from gpu_targets import BATCHES, FIELD, SMALL, compared, name_of
+from gpu_targets import table as asked
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-BUDGET = 450.0  # seconds for everything
-TESTS = 150.0  # of them for the tests, at most
-RESERVE = 110.0  # of them kept from the figures for torch.compile
+BUDGET = 430.0  # seconds for everything
+# When a part ends at the latest; what ends early leaves its time to the rest, and the last one,
+# torch.compile, takes what there is. Expected: 40, 140, 165, 310, 320, 335.
+ENDS = {
+    "compilation": 80.0, "tests": 185.0, "tests that time": 215.0, "figures": 345.0,
+    "host": 360.0, "variants": 378.0,
+}  # fmt: skip
+SLOWEST = 60.0  # for one answer
+SLOWEST_CASE = 25.0  # likewise, with the start of a process where the last one was lost
+EVERY = 5.0  # the report of hundreds of cases takes a tenth of a second to write
+INDUCTORS = 6  # processes for torch.compile, beside the tests
 PACKAGES = (
     "numpy", "numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-nvjitlink",
     "ml_dtypes", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "pytest",
@@ -54,18 +67,16 @@ SHARDS = {
         for tool in ("memcheck", "racecheck", "synccheck")
     },
 }
-FIELD = [(4, 128, 1024, 1024), (8, 64, 32, 32), (4, 256, 28, 28)]  # float16, as others report
+# By themselves, afterwards.
+TIMING = {"bench": ("test_bench.py", "")}
 OPS = ("forward", "inference", "backward")
-SMALL = (8, 64, 32, 32)
-# Compiled ahead, while the tests run: what the figures' shapes take.
-VARIANTS = [
-    ("planes", "float16", 8), ("rows", "float16", 8), ("planes", "float32", 4),
-    ("rows", "float32", 4), ("planes", "float16", 1), ("planes", "float32", 1),
-    ("planes", "float16", 4), ("planes", "float16", 2),
+FAILURES = 3  # of a kind of cases, after which no more are tried
+LOST = 6  # processes, after which no more cases are: each costs seconds
+# From less than the chip holds to far more, N, C, H, W.
+GROWING = [
+    (8, 64, 32, 32), (32, 512, 7, 7), (32, 256, 14, 14), (32, 512, 28, 28), (32, 256, 56, 56),
+    (32, 64, 112, 112), (256, 1024, 14, 14), (256, 256, 56, 56),
 ]  # fmt: skip
-FAILURES = 3  # cases of a kind that the process may die of
-PYTORCH = ("cuDNN", "native", "torch.compile")
-COPIES = ("copy", "copy by a kernel")
 
 
 def cases_of(quick: bool) -> list[dict[str, Any]]:
@@ -78,26 +89,37 @@ def cases_of(quick: bool) -> list[dict[str, Any]]:
         return [_case(op, *each) for op in OPS for each in shapes]
     found = [_case("forward", "nchw", "float16", shape) for shape in FIELD]
     for dtype in ("float16", "float32"):
-        for N in (256, 32):
+        for N in BATCHES:
             for layout in ("nchw", "nhwc"):
                 found += [_case(op, layout, dtype, (N, *s)) for op in OPS for s in images]
     return found
 
 
 def compiled_of(quick: bool) -> list[dict[str, Any]]:
-    """List what is compared with torch.compile, which takes long to begin, likewise."""
+    """List what is compared with torch.compile: a few images of all kinds before the next ones."""
+    from numbabn.cli.bench.suites import SUITES
+
     if quick:
         return [_case("forward", "nchw", "float16", SMALL)]
-    large, middle = (256, 64, 112, 112), (256, 1024, 14, 14)
+    images = SUITES["resnet50"].images
+    mixed = [images[5 * k % len(images)] for k in range(len(images))]
+    return [_case("forward", "nchw", "float16", shape) for shape in FIELD] + [
+        _case(op, layout, dtype, (N, *image))
+        for image in mixed
+        for dtype in ("float16", "float32")
+        for N in BATCHES
+        for layout in ("nchw", "nhwc")
+        for op in ("forward", "backward")
+    ]
+
+
+def variants_of(quick: bool) -> list[dict[str, Any]]:
+    """List what is timed held and swept twice, of both views."""
     return [
-        *(_case("forward", "nchw", "float16", shape) for shape in FIELD),
-        _case("backward", "nchw", "float16", large),
-        _case("forward", "nhwc", "float16", large),
-        _case("forward", "nchw", "float16", middle),
-        _case("backward", "nhwc", "float16", large),
-        _case("backward", "nchw", "float16", middle),
-        _case("forward", "nchw", "float32", large),
-        _case("inference", "nchw", "float16", large),
+        _case(op, layout, "float16", shape)
+        for shape in (GROWING[:1] if quick else GROWING)
+        for layout in ("nchw", "nhwc")
+        for op in ("forward", "backward")
     ]
 
 
@@ -153,10 +175,17 @@ class Worker:
         self.send(do, **request)
         return self.answer(timeout)
 
+    def kill(self) -> None:
+        """End the process, of whatever thread; who waits for its answer learns that it died."""
+        process = self.process
+        if process is not None:
+            process.kill()
+
     def stop(self) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
+            with suppress(subprocess.TimeoutExpired):  # who hangs in the driver is left behind
+                self.process.wait(20)
             self.reader.join(10)
             for pipe in (self.process.stdin, self.process.stdout):
                 with suppress(OSError):
@@ -164,19 +193,78 @@ class Worker:
             self.process = None
 
 
+class Crew:
+    """Workers side by side, each of which takes the next request when it is done with the last.
+
+    Attributes
+    ----------
+    answers : list of (request, answer)
+        So far.
+    """
+
+    def __init__(self, log: Any, requests: list[dict[str, Any]], size: int) -> None:
+        self.answers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.waiting = deque(requests)
+        self.ended = False
+        self.workers = [Worker(log) for _ in range(min(size, len(requests)))]
+        self.threads = [
+            threading.Thread(target=self._work, args=(each,), daemon=True) for each in self.workers
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _work(self, worker: Worker) -> None:
+        while self.waiting and not self.ended:
+            with suppress(IndexError):  # another has taken the last one
+                request = self.waiting.popleft()
+                try:
+                    answer = worker.ask(timeout=SLOWEST, **request)
+                except Exception as error:
+                    answer = {"failed": f"{type(error).__name__}: {error}"}
+                if not self.ended:
+                    self.answers.append((request, answer))
+        worker.stop()
+
+    @property
+    def busy(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for all, not longer than that; end what is not done."""
+        end = time.perf_counter() + seconds
+        while self.busy and time.perf_counter() < end:
+            time.sleep(0.1)
+        self.ended = True
+        end = time.perf_counter() + 10
+        while self.busy and time.perf_counter() < end:
+            for worker in self.workers:
+                worker.kill()
+            time.sleep(0.1)
+
+    def failures(self) -> list[str]:
+        """Tell what failed, and how often."""
+        failed = Counter(answer["failed"] for _, answer in self.answers if "failed" in answer)
+        return [f"{times} times: {why}" for why, times in failed.items()]
+
+
 class Report:
-    """What is known so far, written after every step."""
+    """What is known so far, written after every part, and every few seconds of a long one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.begun = time.perf_counter()
+        self.begun = self.written = time.perf_counter()
         self.found: dict[str, Any] = {
-            "environment": {}, "seconds": {}, "problems": [],
-            "tests": {}, "cases": [], "compiled": [], "host": {}, "kernels": {},
+            "environment": {}, "seconds": {}, "problems": [], "tests": {}, "cases": [],
+            "compiled": [], "variants": [], "host": [], "kernels": {},
         }  # fmt: skip
+
+    def until(self, part: str) -> float:
+        """Seconds that are left to a part."""
+        return ENDS[part] - (time.perf_counter() - self.begun)
 
     @property
     def left(self) -> float:
+        """Seconds that are left to everything."""
         return BUDGET - (time.perf_counter() - self.begun)
 
     def problem(self, text: str) -> None:
@@ -199,14 +287,23 @@ class Report:
         self.found["seconds"][name] = time.perf_counter() - begin
         self.write()
 
+    def write_if_due(self) -> None:
+        if time.perf_counter() - self.written > EVERY:
+            self.write()
+
     def write(self) -> None:
-        for name, text in (
-            ("report.json", json.dumps(clean(self.found), indent=1)),
-            ("report.md", readable(self.found)),
-        ):
-            partial = self.folder / (name + ".partial")
-            partial.write_text(text)
-            partial.replace(self.folder / name)
+        self._write("report.json", json.dumps(clean(self.found), indent=1, default=str))
+        try:
+            text = readable(self.found)
+        except Exception:
+            text = f"Not readable, see report.json\n\n```\n{traceback.format_exc()}```\n"
+        self._write("report.md", text)
+        self.written = time.perf_counter()
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.folder / (name + ".partial")
+        partial.write_text(text)
+        partial.replace(self.folder / name)
 
 
 def clean(value: Any) -> Any:
@@ -221,9 +318,8 @@ def clean(value: Any) -> Any:
 # Tests.
 
 
-def start_tests(quick: bool, folder: Path) -> dict[str, tuple[Any, Path]]:
+def start_tests(shards: dict[str, tuple[str, str]], folder: Path) -> dict[str, tuple[Any, Path]]:
     """Start pytest for each shard."""
-    shards = {"arrays": ("test_arrays.py", "statistics")} if quick else SHARDS
     running = {}
     for name, (file, keyword) in shards.items():
         path = folder / f"{name}.txt"
@@ -240,196 +336,94 @@ def start_tests(quick: bool, folder: Path) -> dict[str, tuple[Any, Path]]:
     return running
 
 
-def finish_tests(report: Report, running: dict[str, tuple[Any, Path]]) -> None:
-    """Wait for all shards, not for long; sum up what each of them said."""
-    begin = report.begun
+def finish_tests(report: Report, running: dict[str, tuple[Any, Path]], seconds: float) -> None:
+    """Wait for all shards, not longer than that; sum up what each of them said."""
+    end = time.perf_counter() + seconds
     while any(process.poll() is None for process, _ in running.values()):
-        if time.perf_counter() - begin > TESTS:
+        if time.perf_counter() > end:
             break
         time.sleep(0.2)
-    texts = []
+    for process, _ in running.values():
+        if process.poll() is None:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
     for name, (process, path) in running.items():
-        ended = process.poll()
+        ended = process.returncode
         if ended is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
         text = path.read_text(errors="replace")
-        texts.append(f"===== {name}\n{text}")
+        with (report.folder / "tests.txt").open("a") as file:
+            file.write(f"===== {name}\n{text}\n")
         lines = text.splitlines()
         kept = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
         last = lines[-1] if lines else "said nothing"
         if ended is None:
-            last = f"stopped after {TESTS:.0f} s, at {last[-60:]!r}"
+            last = f"stopped after {seconds:.0f} s, at {last[-60:]!r}"
         # 5: nothing is selected, where a keyword fits no test.
         good = ended in (0, 5)
         report.found["tests"][name] = {"good": good, "exit": ended, "last": last, "lines": kept}
         if not good:
             report.problem(f"tests, {name}: {last}")
-    (report.folder / "tests.txt").write_text("\n".join(texts))
 
 
 # Figures.
 
 
-def time_cases(report: Report, worker: Worker, cases: list[dict[str, Any]], until: float) -> None:
+def time_cases(
+    report: Report, worker: Worker, key: str, cases: list[dict[str, Any]], end: float, **how: Any
+) -> None:
     """Measure until so many seconds are left; of what fails again and again, no more."""
     failures: Counter[str] = Counter()
+    lost = 0
     for k, case in enumerate(cases):
-        if report.left < until:
-            report.problem(f"no time for {len(cases) - k} of {len(cases)} cases")
+        if report.left < end:
+            report.problem(f"{key}: no time for {len(cases) - k} of {len(cases)}")
             return
         kind = f"{case['op']} {case['layout']} {case['dtype']}"
         if failures[kind] == FAILURES:
             continue
-        answer = worker.ask("measure", min(60.0, report.left), **case)
-        add(report, "cases", case, answer)
+        answer = worker.ask("measure", min(SLOWEST_CASE, report.left - 3), **how, **case)
+        add(report, key, case, answer)
+        lost += worker.process is None
+        if lost == LOST:
+            report.problem(f"{key}: no more of {len(cases) - k - 1} after {LOST} lost processes")
+            return
         failures[kind] += "failed" in answer
         if "failed" in answer and failures[kind] == FAILURES:
-            report.problem(f"{kind}: no more of these after {FAILURES} failures")
+            report.problem(f"{key}, {kind}: no more of these after {FAILURES} failures")
 
 
 def time_compiled(report: Report, worker: Worker, cases: list[dict[str, Any]]) -> None:
     """Measure torch.compile while there is time."""
     failed = 0
     for k, case in enumerate(cases):
-        if report.left < 30 or failed == 2:
+        if report.left < 8 or failed == FAILURES:
             report.problem(f"torch.compile: {len(cases) - k} of {len(cases)} cases left out")
             return
-        answer = worker.ask("measure", report.left - 10, compile=True, **case)
+        seconds = min(SLOWEST_CASE, report.left - 3)
+        answer = worker.ask("measure", seconds, ways=["numbabn", "compile"], seconds=0.1, **case)
         if "torch.compile" not in answer.get("times", {}):
             failed += 1
-            report.problem(f"torch.compile: {answer.get('errors', {}).get('torch.compile')}")
+            report.problem(f"torch.compile: {answer.get('errors', {}).get('torch.compile', '-')}")
         add(report, "compiled", case, answer)
 
 
 def add(report: Report, key: str, case: dict[str, Any], answer: dict[str, Any]) -> None:
     """Add a case's answer, with what follows from it."""
-    name = f"{case['op']} {case['layout']} {case['dtype']} {shape_of(case)}"
-    times = answer.get("times", {})
     row = case | answer
-    ours = times.get("numbabn")
-    copies = [times[way]["ms"] for way in COPIES if way in times]
-    theirs = {way: times[way]["ms"] for way in PYTORCH if way in times}
-    if ours and copies:
-        row["gb_s"] = answer["traffic"] / ours["ms"] / 1e6
-        row["copy_gb_s"] = 2 * answer["bytes"] / min(copies) / 1e6
-        row["of_copy"] = row["gb_s"] / row["copy_gb_s"]
-    if ours and theirs:
-        row["best"] = min(theirs, key=lambda way: theirs[way])
-        row["times_as_fast"] = theirs[row["best"]] / ours["ms"]
     report.found[key].append(row)
+    row |= compared(row)
     for text in [answer.get("failed"), *answer.get("wrong", [])]:
         if text:
-            report.problem(f"{name}: {text}")
-    if ours:
-        report.say(f"{name}: {ours['ms']:.4f} ms, {row.get('of_copy', 0):.2f} of a copy")
-    report.write()
-
-
-def shape_of(case: dict[str, Any]) -> str:
-    return "x".join(map(str, case["shape"]))
-
-
-# What is read.
-
-
-def readable(found: dict[str, Any]) -> str:
-    """Write the report in Markdown, the summary first."""
-    parts = [
-        summary(found),
-        table("Against PyTorch in eager mode", found["cases"]),
-        table("Against torch.compile", found["compiled"]),
-        "## Host\n\nMicroseconds for one call on "
-        f"{'x'.join(map(str, SMALL))} float16, nothing waited for.\n",
-        listing(found["host"].get("us", {})),
-        "Of a forward call into a given result:\n",
-        listing(found["host"].get("pieces_us", {})),
-        "## Kernels\n\nRegisters of a thread, bytes of shared memory of a block, bytes spilled.\n",
-        listing({
-            name: f"{each['registers']}, {each['shared']}, {each['spilled']}"
-            for name, each in found["kernels"].items()
-        }),
-        "## Seconds\n",
-        listing({name: f"{each:.1f}" for name, each in found["seconds"].items()}),
-    ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def summary(found: dict[str, Any]) -> str:
-    """Sum up the machine, the tests, the problems, and the means of the figures."""
-    lines = ["# numbabn on a GPU\n", listing(found["environment"]), "## Tests\n"]
-    for name, each in found["tests"].items():
-        lines.append(f"- {name}: {each['last'].strip('= ')}")
-        lines += [f"  - {line[:300]}" for line in each["lines"][:12]]
-    lines.append("\n## Problems\n")
-    lines += [f"- {text[:600]}" for text in found["problems"]] or ["None."]
-    lines.append("\n## Geometric means\n")
-    lines.append("| | N | cases | of a copy | times PyTorch's best |")
-    lines.append("|---|---|---|---|---|")
-    for title, group in groups(found["cases"]):
-        means = [mean(row.get(key) for row in group) for key in ("of_copy", "times_as_fast")]
-        N = group[0]["shape"][0]
-        lines.append(f"| {title} | {N} | {len(group)} | {means[0]:.2f} | {means[1]:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-def groups(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["op"], row["layout"], row["dtype"], row["shape"][0]
-
-    ordered = sorted(rows, key=key)
-    return [(" ".join(k[:3]), list(group)) for k, group in groupby(ordered, key)]
-
-
-def mean(numbers: Any) -> float:
-    logarithms = [math.log(number) for number in numbers if number]
-    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """One line for each shape."""
-    lines = [
-        f"## {title}\n",
-        "Milliseconds on the device. GB/s count 1 read and 1 write of x, backward 2 and 1; the "
-        "copy is of x, by the faster of two ways. numbabn writes into a given result, or a fresh "
-        "one.\n",
-    ]
-    for name, group in groups(rows):
-        lines.append(f"\n### {name}, N = {group[0]['shape'][0]}\n")
-        lines.append(
-            "| shape | ms | ± | fresh | GB/s | copy GB/s | of copy | cuDNN | native "
-            "| compile | times the best | kernels |"
+            report.problem(f"{name_of(case)}: {text}")
+    if "numbabn" in answer.get("times", {}):
+        ms = answer["times"]["numbabn"]["ms"]
+        report.say(
+            f"{name_of(case)}: {ms:.4f} ms, {row.get('of_copy', 0):.2f} of a copy, "
+            f"{row.get('times_as_fast', 0):.2f} times {row.get('best')}"
         )
-        lines.append("|" + "---|" * 12)
-        lines += [line(row) for row in group]
-    return "\n".join(lines) + "\n"
-
-
-def line(row: dict[str, Any]) -> str:
-    times = row.get("times", {})
-    ours = times.get("numbabn")
-
-    def ms(way: str) -> str:
-        return f"{times[way]['ms']:.4f}" if way in times else "-"
-
-    spread = (ours["upper"] - ours["lower"]) / 2 / ours["ms"] if ours else 0.0
-    dry = "!" if any(each["exposed"] for each in times.values()) else ""
-    why = "" if ours else (row.get("failed") or "; ".join(row.get("wrong", [])) or "-")[:80]
-    kernels = ", ".join(f"{k[0]} x{k[3]} {k[4]}" for k in row.get("kernels", []))
-    cells = [
-        "x".join(map(str, row["shape"])) + dry, ms("numbabn") if ours else why,
-        f"{100 * spread:.0f}%", ms("numbabn fresh"), f"{row.get('gb_s', 0):.0f}",
-        f"{row.get('copy_gb_s', 0):.0f}", f"{row.get('of_copy', 0):.2f}",
-        *(ms(way) for way in PYTORCH), f"{row.get('times_as_fast', 0):.2f}", kernels,
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
-
-
-def listing(values: Any) -> str:
-    if not isinstance(values, dict):
-        return f"{values}\n"
-    rows = [f"| {k} | {f'{v:.2f}' if isinstance(v, float) else v} |" for k, v in values.items()]
-    return "\n".join(["| | |", "|---|---|", *rows]) + "\n"
+    report.write_if_due()
 
 
 # Environment.
@@ -477,8 +471,19 @@ def main() -> int:
         print(f"gpu_report: expected a machine with a CUDA device, but {why}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "tests.txt").unlink(missing_ok=True)
     report = Report(args.out)
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "worker.txt").open("w+") as log:
+    schedule = ", ".join(f"{name} {end:.0f}" for name, end in ENDS.items())
+    report.say(f"seconds at which parts end at the latest: {schedule}, everything {BUDGET:.0f}")
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        (Path(folder) / "worker.txt").open("w+") as log,
+    ):
+        os.environ |= {
+            "NUMBA_CACHE_DIR": f"{folder}/numba",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself: there are several
+        }
         worker = Worker(log)
         try:
             work(report, worker, args, Path(folder))
@@ -487,52 +492,85 @@ def main() -> int:
         log.seek(0)
         report.found["worker_log"] = log.read()[-20000:]
     report.write()
-    print("\n" + summary(report.found))
+    print("\n" + asked(report.found) + "\n" + summary(report.found))
     return 1 if report.found["problems"] else 0
 
 
 def work(report: Report, worker: Worker, args: argparse.Namespace, folder: Path) -> None:
     """Do all parts."""
-    found = report.found
-    tests: dict[str, tuple[Any, Path]] = {}
+    found, log = report.found, worker.log
+    compiled = compiled_of(args.quick)
     with report.part("environment"):
         found["environment"] = environment()
-        facts = worker.ask("facts", 90)
+        facts = worker.ask("facts", SLOWEST)
         if "failed" in facts:
             report.problem(f"device: {facts['failed']}")
         found["environment"] |= facts
-    with report.part("start of the tests"):
-        if not args.no_tests:
-            tests = start_tests(args.quick, folder)
-    with report.part("compilation of the figures' kernels, beside the tests"):
-        capability = found["environment"].get("capability", [9, 0])
-        answer = worker.ask("prepare", TESTS, capability=capability, variants=VARIANTS)
-        for text in [
-            *answer.pop("problems", []),
-            *([answer["failed"]] if "failed" in answer else []),
-        ]:
-            report.problem(f"compilation: {text}")
-        found["compilation"] = answer
+    with report.part("compilation"):
+        compile_kernels(report, worker, args.quick)
     with report.part("tests"):
-        finish_tests(report, tests)
+        requests = [{"do": "compile_for", **case} for case in compiled]
+        inductors = Crew(log, requests, INDUCTORS)
+        try:
+            if not args.no_tests:
+                shards = {"arrays": ("test_arrays.py", "statistics")} if args.quick else SHARDS
+                finish_tests(report, start_tests(shards, folder), report.until("tests"))
+        finally:
+            inductors.finish(report.until("tests"))
+            found["compiled_ahead"] = inductors.answers
+        for text in inductors.failures():
+            report.problem(f"torch.compile, ahead: {text}")
+    with report.part("tests that time"):
+        if not (args.no_tests or args.quick):
+            finish_tests(report, start_tests(TIMING, folder), report.until("tests that time"))
     with report.part("figures"):
-        time_cases(report, worker, cases_of(args.quick), RESERVE)
-    found["environment"]["nvidia-smi, after the figures"] = driver()
+        ways = ["numbabn", "fresh", "torch", "copy"]
+        end = BUDGET - ENDS["figures"]
+        time_cases(report, worker, "cases", cases_of(args.quick), end, ways=ways, hot=True)
     with report.part("host"):
-        for key, op in (*(("us", op) for op in OPS), ("pieces_us", "forward")):
-            answer = worker.ask("host", 30, op=op, shape=SMALL, pieces=key == "pieces_us")
-            if "failed" in answer:
-                report.problem(f"host, {op}: {answer['failed']}")
-            else:
-                found["host"].setdefault(key, {}).update(answer)
+        answer = worker.ask("host", max(5.0, report.until("host")), shape=SMALL)
+        if "failed" in answer:
+            report.problem(f"host: {answer['failed']}")
+        found["host"] = answer.get("calls", [])
+    with report.part("variants"):
+        ways = ["numbabn", "swept", "copy"]
+        end = BUDGET - ENDS["variants"]
+        time_cases(report, worker, "variants", variants_of(args.quick), end, ways=ways, seconds=0.1)
     with report.part("kernels"):
-        used = {tuple(k[:4]) for row in found["cases"] for k in row.get("kernels", [])}
-        answer = worker.ask("kernels", 60, variants=sorted(used))
+        found["environment"]["nvidia-smi, after the figures"] = driver()
+        used = {
+            tuple(each[key] for key in ("kernel", "view", "format", "width"))
+            for row in found["cases"] + found["variants"]
+            for launched in row.get("kernels", {}).values()
+            for each in launched
+        }
+        answer = worker.ask("kernels", SLOWEST, variants=sorted(used))
         found["kernels"] = answer.get("kernels", {})
         if "failed" in answer:
             report.problem(f"kernels: {answer['failed']}")
     with report.part("torch.compile"):
-        time_compiled(report, worker, compiled_of(args.quick))
+        ahead = [request["shape"] for request, _ in found.get("compiled_ahead", [])]
+        report.say(f"{len(ahead)} of {len(compiled)} cases compiled ahead")
+        time_compiled(report, worker, compiled)
+
+
+def compile_kernels(report: Report, worker: Worker, quick: bool) -> None:
+    """Compile all of numbabn's kernels, on all cores, for the tests and the figures to find."""
+    capability = report.found["environment"].get("capability", [9, 0])
+    answer = worker.ask("variants", SLOWEST)
+    if "failed" in answer:
+        raise RuntimeError(answer["failed"])
+    requests = [
+        {"do": "assemble", "variant": variant, "capability": capability}
+        for variant in answer["variants"][: 24 if quick else None]
+    ]
+    crew = Crew(worker.log, requests, len(os.sched_getaffinity(0)))
+    crew.finish(report.until("compilation"))
+    done = [given["seconds"] for _, given in crew.answers if "seconds" in given]
+    report.say(f"{len(done)} of {len(requests)} kernels compiled, {sum(done):.0f} s of cores")
+    report.found["compilation"] = {"compiled": len(done), "seconds": sum(done)}
+    for text in crew.failures():
+        report.problem(f"compilation: {text}")
 
 
 if __name__ == "__main__":

@@ -118,10 +118,17 @@ class _Clock:
         return timed
 
 
+def _settle():
+    """Let the device be done, so that no call waits for it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _median(call, rounds):
     """Microseconds of a call."""
     seconds = []
     for _ in range(rounds):
+        _settle()
         begun = perf_counter_ns()
         for _ in range(10):
             call()
@@ -140,6 +147,7 @@ def _pieces(call, rounds):
                 setattr(owner, name, clock.wrap(piece, getattr(owner, name)))
     samples = {piece: [] for piece in PIECES}
     for _ in range(rounds):
+        _settle()
         clock.spent = dict.fromkeys(PIECES, 0)
         for _ in range(10):
             call()
@@ -156,15 +164,31 @@ def _calls(shape, device):
     weight, bias, mean = (torch.randn(C, device=device) for _ in range(3))
     var = torch.ones(C, device=device)
     batch, invstd = (torch.ones(C, device=device, dtype=torch.float64) for _ in range(2))
+    narrow, one = torch.zeros(C, device=device), torch.ones(C, device=device)
     native = torch.nn.functional.batch_norm
+    native_backward = torch.ops.aten.native_batch_norm_backward.default
+    wanted = [True, True, True]
     return {
         "forward": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True),
         "forward, out=": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True, out=y),
         "inference": lambda: numbabn.batch_norm(x, mean, var, weight, bias),
         "backward": lambda: numbabn.batch_norm_backward(dy, x, weight, batch, invstd),
-        "PyTorch's training": lambda: native(x, mean, var, weight, bias, True),
+        "PyTorch's forward": lambda: native(x, mean, var, weight, bias, True),
         "PyTorch's inference": lambda: native(x, mean, var, weight, bias),
+        "PyTorch's backward": lambda: native_backward(
+            dy, x, weight, mean, var, narrow, one, True, 1e-5, wanted
+        ),
     }
+
+
+def measured(shape, rounds, device):
+    """Give, for each call, microseconds of the whole and of its pieces."""
+    for name, call in _calls(shape, device).items():
+        for _ in range(50):
+            call()
+        whole = _median(call, rounds)
+        pieces = {} if "PyTorch" in name else _pieces(call, rounds)
+        yield {"call": name, "shape": shape, "whole": whole, "pieces": pieces}
 
 
 def main():
@@ -178,15 +202,10 @@ def main():
     print(f"Microseconds of the host, {'on a GPU' if real else 'without a GPU'}")
     print(f"{'':<38}{'whole':>7}", *(f"{piece:>14}" for piece in PIECES))
     for shape in SHAPES:
-        for name, call in _calls(shape, "cuda" if real else "cpu").items():
-            for _ in range(50):
-                call()
-            whole = _median(call, rounds)
-            pieces = {} if "PyTorch" in name else _pieces(call, rounds)
-            title = f"{'x'.join(map(str, shape))} {name}"
-            print(f"{title:<38}{whole:>7.1f}", *(f"{each:>14.1f}" for each in pieces.values()))
-            if real:
-                torch.cuda.synchronize()
+        for row in measured(shape, rounds, "cuda" if real else "cpu"):
+            title = f"{'x'.join(map(str, shape))} {row['call']}"
+            pieces = row["pieces"].values()
+            print(f"{title:<38}{row['whole']:>7.1f}", *(f"{each:>14.1f}" for each in pieces))
 
 
 if __name__ == "__main__":

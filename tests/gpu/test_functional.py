@@ -411,19 +411,25 @@ def test_the_same_bits_every_time(torch, name, dtype, ulp):
         check_bits(all_results(p), expected)
 
 
-@pytest.mark.parametrize(("shape", "axis"), WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, *(f"{name}, several blocks" for name in SPLIT)])
 @dtypes
-def test_the_same_bits_in_one_launch_and_in_two(torch, monkeypatch, shape, axis, dtype, ulp):
+def test_the_same_bits_held_and_swept_twice(torch, monkeypatch, name, dtype, ulp):
     from numbabn import cuda
 
-    p = problem_of(torch, shape, axis, dtype, ulp)
+    case = WHOLE[name] if name in WHOLE else SPLIT[name.partition(",")[0]]
+    p = problem_of(torch, *case, dtype, ulp)
     taken = []
     launch = cuda.runner.launch
-    monkeypatch.setattr(cuda.runner, "launch", lambda *a: (taken.append(a[1]), launch(*a))[1])
+
+    def noting(place, kernel, *arguments, **options):
+        taken.append(kernel)
+        launch(place, kernel, *arguments, **options)
+
+    monkeypatch.setattr(cuda.runner, "launch", noting)
     expected = all_results(p)
     assert {"forward", "backward"} <= set(taken)
     taken.clear()
-    monkeypatch.setattr(cuda, "is_whole", lambda shape: False)
+    monkeypatch.setattr(cuda, "is_held", lambda shape, capacity: False)
     check_bits(all_results(p), expected)
     assert not {"forward", "backward"} & set(taken)
 
@@ -431,10 +437,12 @@ def test_the_same_bits_in_one_launch_and_in_two(torch, monkeypatch, shape, axis,
 @pytest.mark.parametrize("blocks", [1, 3, 64])
 @pytest.mark.parametrize("name", [*WHOLE, *(f"{name}, several blocks" for name in SPLIT)])
 def test_the_same_bits_on_any_number_of_blocks(torch, monkeypatch, name, blocks):
+    """As if no more ran at once: fewer than wait for one another would wait for ever."""
     from numbabn import cuda
 
     case = WHOLE[name] if name in WHOLE else SPLIT[name.partition(",")[0]]
     p = problem_of(torch, *case, *DTYPES["float32"])
     expected = all_results(p)
+    monkeypatch.setattr(cuda.runner, "capacity", lambda *arguments: blocks)
     monkeypatch.setattr(cuda.runner, "MOST_BLOCKS", blocks)
     check_bits(all_results(p), expected)
