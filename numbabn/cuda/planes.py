@@ -140,11 +140,12 @@ def _piece(x, shape, c, index):
     n_end, s_end = _ends(shape, first)
     t = thread() & ((1 << shape.crew) - 1)
     side = t & ((1 << shape.across) - 1)
+    step = width(x) << shape.across
     n, s = first.n + (t >> shape.across), first.s + side * width(x)
     planes = max(n_end - n, 0) if c < shape.C else 0
     return Piece(
         False, c, shape.C, n, s, planes, max(s_end - s, 0),
-        shape.below, width(x) << shape.across, shape.along,
+        shape.below, step, shape.along * step,
     )  # fmt: skip
 
 

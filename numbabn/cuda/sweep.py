@@ -44,11 +44,11 @@ class Piece(NamedTuple):
     places: Any
     n_step: Any  # how many of them the thread's next turn is away
     s_step: Any
-    along: Any  # turns along a plane, of all threads alike
+    along: Any  # so many places on, all threads go to the next plane
 
 
 class Place(NamedTuple):
-    """Which turn a thread has come to: the same for all, so that it takes no thread's registers."""
+    """How far a thread has come: the same for all, so that it takes no thread's registers."""
 
     plane: Any
     along: Any
@@ -76,19 +76,19 @@ class Held(NamedTuple):
 @device
 def _next(piece, place):
     """Go on along the places, then along the planes."""
-    along = place.along + 1
+    along = small(place.along + piece.s_step)
     if piece.of_rows or less(along, piece.along):
         return Place(place.plane, along)
-    return Place(place.plane + 1, 0)
+    return Place(small(place.plane + piece.n_step), 0)
 
 
 @device
 def inside(piece, place):
     """Whether the thread has numbers there."""
-    there = less(place.along * piece.s_step, piece.places)
+    there = less(place.along, piece.places)
     if piece.of_rows:
         return there and piece.c < piece.c_end
-    return there and less(place.plane * piece.n_step, piece.planes)
+    return there and less(place.plane, piece.planes)
 
 
 @device
@@ -110,10 +110,8 @@ def _first(a, piece):
 @device
 def _index(a, first, piece, place):
     """Where an array has the thread's numbers."""
-    along = small(place.along * piece.s_step) * a.ds
-    if piece.of_rows:
-        return first + along
-    return first + along + small(place.plane * piece.n_step) * a.dn
+    along = first + small(place.along) * a.ds
+    return along if piece.of_rows else along + small(place.plane) * a.dn
 
 
 @device
@@ -281,7 +279,7 @@ def _write_y(maps, firsts, piece, place, x, residual, constants, rectify, togeth
         store(maps.y.at, _index(maps.y, firsts.y, piece, place), y, policy)
     if present(maps.mask.at):
         first = _index(maps.mask, firsts.mask, piece, place)
-        left = piece.places - place.along * piece.s_step
+        left = piece.places - place.along
         left = piece.c_end - piece.c if piece.of_rows else left
         write_bits(maps.y.at, maps.mask.at, first, y, there, left, together)
 

@@ -29,8 +29,7 @@ def takes(view, shape, width):
                 place = sweep.Place(0, 0)
                 for _ in range(-(-shape.rounds // 4) * 4):
                     if sweep.inside(piece, place):
-                        n = piece.n + place.plane * piece.n_step
-                        yield n, piece.c, piece.s + place.along * piece.s_step
+                        yield piece.n + place.plane, piece.c, piece.s + place.along
                     place = sweep._next(piece, place)
 
 
