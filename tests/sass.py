@@ -59,8 +59,18 @@ class Loop(NamedTuple):
         return f"loop at {self.instructions[0].address:#x}"
 
     def moved(self, name: str) -> list[int]:
-        """How many bits each load (LDG) or store (STG) moves, in order of size."""
+        """How many bits each load (LDG, LDS) or store (STG, STS) moves, in order of size."""
         return sorted(each.bits for each in self.instructions if each.name == name)
+
+    def origin(self, store: int) -> Instruction | None:
+        """Find what gave what the store at an index writes; None if that was an earlier turn."""
+        register = self.instructions[store].operands.rpartition(", ")[2]
+        for each in reversed(self.instructions[:store]):
+            if each.operands.partition(", ")[0] == register:
+                if not each.opcode.startswith(("MOV", "IMAD.MOV")):
+                    return each
+                register = each.operands.rpartition(", ")[2].removesuffix(".reuse")
+        return None
 
 
 class Kernel(NamedTuple):

@@ -25,18 +25,26 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from numbabn.cuda import compilation
+from numbabn.cuda import compilation, intrinsics
 from numbabn.cuda.compilation import RESIDENT, Variant
 from numbabn.cuda.formats import FORMATS, THREADS
 from numbabn.cuda.intrinsics import (
     Global,
+    awaited,
     device,
-    load,
+    float64_at,
+    get,
+    keep,
+    kept,
     narrow,
+    nothing,
+    passing,
+    pause,
+    put,
     quotient,
     read_lanes,
     shared_lanes,
-    store,
+    slots,
     thread,
     threads,
     total,
@@ -47,14 +55,15 @@ from numbabn.cuda.intrinsics import (
 
 CAPABILITIES = (8, 0), (9, 0), (10, 0)
 PROCESSES = 2  # Numba compiles one kernel at a time in each
+# Variants that need all registers of a multiprocessor, by capability.
+ALONE = {(8, 0): 53, (9, 0): 0, (10, 0): 8}
 
 
 def _selection():
     """List all variants for each capability; most of the narrow ones are slow."""
     for variant in compilation.variants():
-        full = variant.width == FORMATS[variant.format].lanes
         for capability in CAPABILITIES:
-            ordinary = full or (variant.width == 1 and capability == (9, 0))
+            ordinary = gates.is_full(variant) or (variant.width == 1 and capability == (9, 0))
             marks = [] if ordinary else [pytest.mark.slow]
             name = f"{variant} sm_{capability[0]}{capability[1]}".replace(" ", "-")
             yield pytest.param(variant, capability, id=name, marks=marks)
@@ -62,6 +71,25 @@ def _selection():
 
 every_variant = pytest.mark.parametrize(("variant", "capability"), [*_selection()])
 every_capability = pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+
+
+def _compiled(keys):
+    return {key: gates.compiled(*key) for key in keys}
+
+
+class _Pending:
+    """Variants that are being compiled, by variant and capability."""
+
+    def __init__(self, pool, keys):
+        # Those of a view, format and width by one process, which types what they share but once.
+        groups = {}
+        for key in keys:
+            groups.setdefault(key[0][1:], []).append(key)
+        self.keys = keys
+        self._futures = {of: pool.submit(_compiled, group) for of, group in groups.items()}
+
+    def __getitem__(self, key):
+        return self._futures[key[0][1:]].result()[key]
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +103,28 @@ def pending(request):
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NUMBA_DISABLE_CUDA", "1")  # no driver takes part, where there is one
-            kernels = {key: pool.submit(gates.compiled, *key) for key in dict.fromkeys(wanted)}
+            kernels = _Pending(pool, wanted)
         yield kernels
         pool.shutdown(cancel_futures=True)
 
 
 @every_variant
 def test_machine_code(variant, capability, pending):
-    _, kernel, due = pending[variant, capability].result()
+    _, kernel, due = pending[variant, capability]
     assert [*map(str, gates.findings(kernel, due))] == []
-    if capability == (9, 0):
-        assert due.resident == RESIDENT[0]
 
 
-# A kernel in which nothing is found, and those that each break one gate: 1 is added to all of x.
+@every_capability
+def test_few_variants_take_a_multiprocessor_alone(capability, pending):
+    alone = [
+        str(variant)
+        for variant, of in pending.keys
+        if of == capability and pending[variant, of][0].resident < RESIDENT[0]
+    ]
+    assert len(alone) <= ALONE[capability], alone
+
+
+# Kernels in which nothing is found, and those that each break one gate: 1 is added to all of x.
 
 
 @intrinsic
@@ -105,6 +141,36 @@ def after(typing_context, index):
 @device
 def first(x):
     return thread() * width(x)
+
+
+@device
+def load(x, index):
+    return intrinsics.load(x, index, passing())
+
+
+@device
+def store(y, index, lanes):
+    intrinsics.store(y, index, lanes, passing())
+
+
+@device
+def load_four(x, i, step):
+    return load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
+
+
+@device
+def store_three(y, i, step, a, b, c, one):
+    store(y, i, unpack(a) + one)
+    store(y, i + step, unpack(b) + one)
+    store(y, i + 2 * step, unpack(c) + one)
+
+
+@device
+def keep_four(memory, i, a, b, c, d):
+    keep(memory, i, a)
+    keep(memory, i + 1, b)
+    keep(memory, i + 2, c)
+    keep(memory, i + 3, d)
 
 
 @intrinsic
@@ -135,10 +201,8 @@ def good(x, y, many, one, size):
     step = threads() * width(x)
     i = first(x)
     while i < size:
-        a, b, c, d = load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
         store(y, i + 3 * step, unpack(d) + one)
         i = after(i + 4 * step)
 
@@ -150,10 +214,8 @@ def with_float64(x, y, many, one, size):
     step = threads() * width(x)
     i = first(x)
     while i < size:
-        a, b, c, d = load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
         store(y, i + 3 * step, narrow(y, wide(unpack(d)) + 0.1))
         i = after(i + 4 * step)
 
@@ -163,9 +225,7 @@ def by_threes(x, y, many, one, size):
     i = first(x)
     while i < size:
         a, b, c = load(x, i), load(x, i + step), load(x, i + 2 * step)
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        store_three(y, i, step, a, b, c, one)
         i = after(i + 3 * step)
 
 
@@ -173,10 +233,8 @@ def with_division(x, y, many, one, size):
     step = threads() * width(x)
     i = first(x)
     while i < size:
-        a, b, c, d = load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
         store(y, quotient(size * i, step), unpack(d) + one)
         i = after(i + 4 * step)
 
@@ -190,10 +248,8 @@ def with_single_roundings(x, y, many, one, size):
     step = threads() * width(x)
     i = first(x)
     while i < size:
-        a, b, c, d = load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
         store(y, i + 3 * step, unpack(d) + rounded(total(unpack(c))))
         i = after(i + 4 * step)
 
@@ -204,26 +260,108 @@ def with_many_held(x, y, many, one, size):
     step = threads() * width(x)
     i = first(x)
     while i < size:
-        a, b, c, d = load(x, i), load(x, i + step), load(x, i + 2 * step), load(x, i + 3 * step)
+        a, b, c, d = load_four(x, i, step)
         held = held * total(unpack(a)) + one
-        store(y, i, unpack(a) + one)
-        store(y, i + step, unpack(b) + one)
-        store(y, i + 2 * step, unpack(c) + one)
+        store_three(y, i, step, a, b, c, one)
         store(y, i + 3 * step, unpack(d) + one)
         i = after(i + 4 * step)
     store(y, size, unpack(load(x, size)) * total(held))
 
 
+def with_waste(x, y, many, one, size):
+    step = threads() * width(x)
+    i = first(x)
+    while i < size:
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
+        wasted = unpack(d)
+        for _ in range(40):
+            wasted = (wasted + one) * one
+        store(y, i + 3 * step, wasted)
+        i = after(i + 4 * step)
+
+
+def with_waiting(x, y, many, one, size):
+    _good(x, y, many, one, size)
+    while awaited(y, size):
+        pause()
+
+
+def with_restless_waiting(x, y, many, one, size):
+    _good(x, y, many, one, size)
+    while awaited(y, size):
+        pass
+
+
+def with_sums_of_pieces(x, y, many, one, size):
+    _good(x, y, many, one, size)
+    total, i = 0.0, thread()
+    while i < size:
+        total += get(float64_at(size), i)
+        i = after(i + 1)
+    put(float64_at(size), 0, total)
+
+
+def holding(x, y, many, one, size):
+    step, memory = threads() * width(x), slots()
+    i = first(x)
+    while i < size:
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
+        store(y, i + 3 * step, unpack(d) + one)
+        keep_four(memory, i, a, b, c, d)
+        i = after(i + 4 * step)
+
+
+def holding_four_in_registers(x, y, many, one, size):
+    step, memory = threads() * width(x), slots()
+    i = first(x)
+    a = b = c = d = nothing(x)
+    while i < size:
+        keep_four(memory, i, a, b, c, d)
+        a, b, c, d = load_four(x, i, step)
+        store_three(y, i, step, a, b, c, one)
+        store(y, i + 3 * step, unpack(d) + one)
+        i = after(i + 4 * step)
+
+
+def taking(x, y, many, one, size):
+    step, memory = threads() * width(x), slots()
+    i = first(x)
+    while i < size:
+        store_three(
+            y, i, step, kept(memory, i, x), kept(memory, i + 1, x), kept(memory, i + 2, x), one
+        )
+        store(y, i + 3 * step, unpack(kept(memory, i + 3, x)) + one)
+        i = after(i + 4 * step)
+
+
+def name_of(value):
+    return getattr(value, "__name__", None)
+
+
 COPY = gates.Part("copy", 1, 1)
+KEEP, TAKE = COPY._replace(keeps=1), gates.Part("take", 0, 1, takes=1)
+ROOM = {"held": 8, "slots": 8}
 
 
-def broken(kernel, capability, format_name="float32", used_width=None, resident=RESIDENT[0]):
+def broken(
+    kernel,
+    capability,
+    format_name="float32",
+    used_width=None,
+    resident=RESIDENT[0],
+    part=COPY,
+    **due,
+):
     """Name the gates that a kernel breaks."""
     each = FORMATS[format_name]
     at = Global(format_name, used_width or each.lanes)
     kinds = at, at, Global("float32", 160), at.computed, types.int64
     code = compilation.assemble(kernel, types.void(*kinds), capability, resident=resident)
-    due = gates.Expected((COPY,), each.itemsize, each.lanes, RESIDENT[0], THREADS, capability)
+    due = gates.Expected(
+        (part,), each.itemsize, each.lanes, RESIDENT[0], THREADS, capability, **due
+    )
     return {each.gate for each in gates.findings(sass.read(code.cubin, code.report), due)}
 
 
@@ -231,6 +369,23 @@ def broken(kernel, capability, format_name="float32", used_width=None, resident=
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_nothing_is_found_where_nothing_is_wrong(format_name, capability):
     assert broken(good, capability, format_name) == set()
+
+
+@every_capability
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (good, {"part": COPY._replace(most=12)}),
+        (holding, {"part": KEEP, **ROOM}),
+        (holding_four_in_registers, {"part": KEEP, "held": 8, "slots": 4}),
+        (taking, {"part": TAKE, **ROOM}),
+        (with_waiting, {"waits": 1}),
+        (with_sums_of_pieces, {"merges": True}),
+    ],
+    ids=name_of,
+)
+def test_what_is_due_is_no_finding(kernel, options, capability):
+    assert broken(kernel, capability, **options) == set()
 
 
 @every_capability
@@ -245,8 +400,18 @@ def test_nothing_is_found_where_nothing_is_wrong(format_name, capability):
         ("division", with_division, {}),
         ("atomics", with_float_atomics, {}),
         ("packing", with_single_roundings, {"format_name": "float16"}),
+        ("residence", holding, {"part": KEEP, "held": 32, "slots": 32}),
+        ("held", good, {"part": KEEP, **ROOM}),
+        ("held", holding, {"part": COPY, **ROOM}),
+        ("held", holding_four_in_registers, {"part": KEEP, **ROOM}),
+        ("held", taking, {"part": TAKE._replace(takes=0)}),
+        ("cost", with_waste, {"part": COPY._replace(most=12)}),
+        ("waiting", with_waiting, {}),
+        ("waiting", good, {"waits": 1}),
+        ("access", with_restless_waiting, {"waits": 0}),
+        ("access", with_sums_of_pieces, {}),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ids=name_of,
 )
 def test_a_gate_finds_what_breaks_it(gate, kernel, options, capability):
     assert broken(kernel, capability, **options) == {gate}
@@ -265,8 +430,8 @@ def test_every_variant_has_a_name_and_a_function_of_that_name():
 
 def test_names_in_machine_code_differ(pending):
     for capability in CAPABILITIES:
-        kernels = [each for (_, of), each in pending.items() if of == capability]
-        assert len({each.result()[0] for each in kernels}) == len(kernels)
+        codes = [pending[key][0] for key in pending.keys if key[1] == capability]
+        assert len({code.name for code in codes}) == len(codes)
 
 
 def test_a_variant_is_compiled_once():
