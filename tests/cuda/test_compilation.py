@@ -256,7 +256,7 @@ def with_single_roundings(x, y, many, one, size):
 
 def with_many_held(x, y, many, one, size):
     memory = shared_lanes()
-    held = narrow(many, read_lanes(many, memory, thread(), 1))
+    held = narrow(many, read_lanes(many, memory, thread(), 1, width(many)))
     step = threads() * width(x)
     i = first(x)
     while i < size:
