@@ -10,6 +10,7 @@ import argparse
 import statistics
 import warnings
 from time import perf_counter_ns
+from types import SimpleNamespace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,7 +40,6 @@ PIECES = {
     "launch": [(launch, "launch")],
 }
 OK = bindings.CUresult.CUDA_SUCCESS
-CAPABILITY = (9, 0)
 
 
 class _Driver:
@@ -63,8 +63,20 @@ class _Driver:
     def cuStreamIsCapturing(self, stream):  # noqa: N802
         return OK, bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):  # noqa: N802
+        return OK, 2
+
     def cuLaunchKernelEx(self, config, function, pointers, extra):  # noqa: N802
         return (OK,)
+
+
+class _Device:
+    """What a call asks of a device: an H200's answers."""
+
+    properties = SimpleNamespace(multiprocessor_count=132, l2_cache_size=60 << 20)
+
+    def __init__(self, ordinal):
+        pass
 
 
 class _Kernel(launch._Kernel):
@@ -89,9 +101,9 @@ def _pretend():
     """Put in the place of what needs a driver what needs none."""
     fake = _Driver()
     driver.driver = launch.driver = fake
-    launch._Kernel = _Kernel
+    launch._Kernel, launch.Device = _Kernel, _Device
     adapters._LIBRARIES["torch"] = _Torch
-    backends._cuda = lambda: cuda
+    backends.cuda_backend = lambda: cuda
     for module in (backends, arrays):
         host_of = module.host_of
         module.host_of = lambda array, host_of=host_of: host_of(array) and None
