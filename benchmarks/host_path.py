@@ -9,6 +9,7 @@ left out is the driver's own time and the allocator's. ::
 import argparse
 import statistics
 import warnings
+from functools import partial
 from time import perf_counter_ns
 from types import SimpleNamespace
 
@@ -19,25 +20,21 @@ with warnings.catch_warnings():
 from cuda.bindings import driver as bindings
 
 import numbabn
-from numbabn import backends, cuda, functional
-from numbabn.cuda import adapters, arrays, compilation, driver, launch
+from numbabn import backends, cuda
+from numbabn.cuda import adapters, arrays, compilation, driver, launch, replay
+from numbabn.libraries import library_of
 
-SHAPES = [(8, 64, 32, 32), (8, 64, 7, 7)]
+SHAPE = 8, 64, 32, 32
+TINY = 2, 64, 1, 1  # so that PyTorch's arithmetic takes no time to speak of on a CPU, either
 # What is timed by itself, without the pieces inside it.
 PIECES = {
-    "borrow": [(functional, "borrow")],
-    "check": [
-        (functional, "_check_forward"),
-        (functional, "_check_inference"),
-        (functional, "_check_backward"),
-        (functional.checks, "writable"),
-    ],
-    "arrange": [(functional, "arrange")],
-    "results": [(cuda, "empty"), (cuda, "empty_like"), (cuda, "allocate_mask"), (cuda, "give")],
-    "the library's": [(adapters._Torch, "empty"), (adapters._Torch, "clear")],
-    "describe": [(cuda, "_Call")],
+    "see arrays": [(adapters._Torch, "traits")],
+    "tell the kind": [(replay, "_kind_of")],
+    "results": [(adapters._Torch, "empty"), (adapters._Torch, "clear")],
     "context": [(launch.on_device, "__enter__"), (launch.on_device, "__exit__")],
-    "launch": [(launch, "launch")],
+    "launch": [(launch.Launches, "__call__")],
+    "again": [(replay._Replay, "__call__")],
+    "run": [(replay, "run"), (cuda, "run")],
 }
 OK = bindings.CUresult.CUDA_SUCCESS
 
@@ -97,6 +94,11 @@ class _Torch(adapters._Torch):
         return "cpu"
 
 
+def _host_of(array):
+    """Ask what is asked of a tensor on a device, and take it for one."""
+    return None if library_of(array) == "torch" and not array.is_cuda else "a GPU"
+
+
 def _pretend():
     """Put in the place of what needs a driver what needs none."""
     fake = _Driver()
@@ -104,9 +106,7 @@ def _pretend():
     launch._Kernel, launch.Device = _Kernel, _Device
     adapters._LIBRARIES["torch"] = _Torch
     backends.cuda_backend = lambda: cuda
-    for module in (backends, arrays):
-        host_of = module.host_of
-        module.host_of = lambda array, host_of=host_of: host_of(array) and None
+    backends.host_of = arrays.host_of = _host_of
 
 
 class _Clock:
@@ -130,15 +130,16 @@ class _Clock:
         return timed
 
 
-def _median(call, rounds):
-    """Microseconds of a call."""
-    seconds = []
+def _medians(calls, rounds):
+    """Microseconds of each call, all taking turns, since the machine may change its pace."""
+    samples = {name: [] for name in calls}
     for _ in range(rounds):
-        begun = perf_counter_ns()
-        for _ in range(10):
-            call()
-        seconds.append((perf_counter_ns() - begun) / 10e3)
-    return statistics.median(seconds)
+        for name, call in calls.items():
+            for _ in range(10):
+                begun = perf_counter_ns()
+                call()
+                samples[name].append((perf_counter_ns() - begun) / 1e3)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def _pieces(call, rounds):
@@ -147,35 +148,47 @@ def _pieces(call, rounds):
     kept = []
     for piece, places in PIECES.items():
         for owner, name in places:
-            if hasattr(owner, name):
-                kept.append((owner, name, getattr(owner, name)))
-                setattr(owner, name, clock.wrap(piece, getattr(owner, name)))
+            kept.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, clock.wrap(piece, getattr(owner, name)))
     samples = {piece: [] for piece in PIECES}
     for _ in range(rounds):
         clock.spent = dict.fromkeys(PIECES, 0)
-        for _ in range(10):
-            call()
+        call()
         for piece, spent in clock.spent.items():
-            samples[piece].append(spent / 10e3)
+            samples[piece].append(spent / 1e3)
     for owner, name, function in kept:
         setattr(owner, name, function)
     return {piece: statistics.median(times) for piece, times in samples.items()}
 
 
-def _calls(shape, device):
-    x, dy, y = (torch.randn(shape, device=device).half() for _ in range(3))
-    C = shape[1]
+def _calls(device):
+    x, dy, y = (torch.randn(SHAPE, device=device).half() for _ in range(3))
+    tiny = torch.randn(TINY, device=device).half()
+    C = SHAPE[1]
     weight, bias, mean = (torch.randn(C, device=device) for _ in range(3))
     var = torch.ones(C, device=device)
     batch, invstd = (torch.ones(C, device=device, dtype=torch.float64) for _ in range(2))
     native = torch.nn.functional.batch_norm
+    training = partial(numbabn.batch_norm, x, mean, var, weight, bias, True)
+
+    def anew():
+        replay._replays.clear()
+        training(out=y)
+
     return {
-        "forward": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True),
-        "forward, out=": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True, out=y),
-        "inference": lambda: numbabn.batch_norm(x, mean, var, weight, bias),
-        "backward": lambda: numbabn.batch_norm_backward(dy, x, weight, batch, invstd),
-        "PyTorch's training": lambda: native(x, mean, var, weight, bias, True),
-        "PyTorch's inference": lambda: native(x, mean, var, weight, bias),
+        "training, out=": partial(training, out=y),
+        "training": training,
+        "training, for a backward pass": partial(
+            numbabn.batch_norm_forward, x, weight, bias, mean, var
+        ),
+        "training with ReLU, for a backward pass": partial(
+            numbabn.batch_norm_forward, x, weight, bias, mean, var, activation="relu"
+        ),
+        "inference": partial(numbabn.batch_norm, x, mean, var, weight, bias),
+        "backward": partial(numbabn.batch_norm_backward, dy, x, weight, batch, invstd),
+        "training, out=, the first of its kind": anew,
+        "PyTorch's training of a tiny tensor": partial(native, tiny, mean, var, weight, bias, True),
+        "PyTorch's inference of a tiny tensor": partial(native, tiny, mean, var, weight, bias),
     }
 
 
@@ -188,17 +201,15 @@ def main():
         _pretend()
     torch.set_num_threads(1)
     print(f"Microseconds of the host, {'on a GPU' if real else 'without a GPU'}")
-    print(f"{'':<38}{'whole':>7}", *(f"{piece:>14}" for piece in PIECES))
-    for shape in SHAPES:
-        for name, call in _calls(shape, "cuda" if real else "cpu").items():
-            for _ in range(50):
-                call()
-            whole = _median(call, rounds)
-            pieces = {} if "PyTorch" in name else _pieces(call, rounds)
-            title = f"{'x'.join(map(str, shape))} {name}"
-            print(f"{title:<38}{whole:>7.1f}", *(f"{each:>14.1f}" for each in pieces.values()))
-            if real:
-                torch.cuda.synchronize()
+    print(f"{'':<40}{'whole':>7}", *(f"{piece:>14}" for piece in PIECES))
+    calls = _calls("cuda" if real else "cpu")
+    whole = _medians(calls, rounds)
+    for name, call in calls.items():
+        ours = "PyTorch" not in name and "first" not in name
+        pieces = _pieces(call, rounds) if ours else {}
+        print(f"{name:<40}{whole[name]:>7.1f}", *(f"{each:>14.1f}" for each in pieces.values()))
+        if real:
+            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -419,11 +419,13 @@ def test_the_same_bits_in_one_launch_and_in_two(torch, monkeypatch, shape, axis,
     p = problem_of(torch, shape, axis, dtype, ulp)
     taken = []
     launch = cuda.runner.launch
+    on_device.forget(monkeypatch)
     monkeypatch.setattr(cuda.runner, "launch", lambda *a: (taken.append(a[1]), launch(*a))[1])
     expected = all_results(p)
     assert {"forward", "backward"} <= set(taken)
     taken.clear()
     monkeypatch.setattr(cuda, "is_whole", lambda shape: False)
+    on_device.forget(monkeypatch)
     check_bits(all_results(p), expected)
     assert not {"forward", "backward"} & set(taken)
 
@@ -437,4 +439,5 @@ def test_the_same_bits_on_any_number_of_blocks(torch, monkeypatch, name, blocks)
     p = problem_of(torch, *case, *DTYPES["float32"])
     expected = all_results(p)
     monkeypatch.setattr(cuda.runner, "MOST_BLOCKS", blocks)
+    on_device.forget(monkeypatch)
     check_bits(all_results(p), expected)
