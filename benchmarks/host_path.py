@@ -9,7 +9,9 @@ left out is the driver's own time and the allocator's. ::
 import argparse
 import statistics
 import warnings
+from functools import partial
 from time import perf_counter_ns
+from types import SimpleNamespace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -18,28 +20,22 @@ with warnings.catch_warnings():
 from cuda.bindings import driver as bindings
 
 import numbabn
-from numbabn import backends, cuda, functional
-from numbabn.cuda import adapters, arrays, compilation, driver, launch
+from numbabn import backends, cuda
+from numbabn.cuda import adapters, arrays, compilation, driver, launch, replay
+from numbabn.libraries import library_of
 
-SHAPES = [(8, 64, 32, 32), (8, 64, 7, 7)]
+SHAPE = 8, 64, 32, 32
 # What is timed by itself, without the pieces inside it.
 PIECES = {
-    "borrow": [(functional, "borrow")],
-    "check": [
-        (functional, "_check_forward"),
-        (functional, "_check_inference"),
-        (functional, "_check_backward"),
-        (functional.checks, "writable"),
-    ],
-    "arrange": [(functional, "arrange")],
-    "results": [(cuda, "empty"), (cuda, "empty_like"), (cuda, "allocate_mask"), (cuda, "give")],
-    "the library's": [(adapters._Torch, "empty"), (adapters._Torch, "clear")],
-    "describe": [(cuda, "_Call")],
+    "see arrays": [(adapters._Torch, "traits")],
+    "tell the kind": [(replay, "_kind_of")],
+    "results": [(adapters._Torch, "empty"), (adapters._Torch, "clear")],
     "context": [(launch.on_device, "__enter__"), (launch.on_device, "__exit__")],
-    "launch": [(launch, "launch")],
+    "launch": [(launch.Launches, "__call__")],
+    "again": [(replay._Replay, "__call__")],
+    "run": [(replay, "run"), (cuda, "run")],
 }
 OK = bindings.CUresult.CUDA_SUCCESS
-CAPABILITY = (9, 0)
 
 
 class _Driver:
@@ -63,8 +59,20 @@ class _Driver:
     def cuStreamIsCapturing(self, stream):  # noqa: N802
         return OK, bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):  # noqa: N802
+        return OK, 2
+
     def cuLaunchKernelEx(self, config, function, pointers, extra):  # noqa: N802
         return (OK,)
+
+
+class _Device:
+    """What a call asks of a device: an H200's answers."""
+
+    properties = SimpleNamespace(multiprocessor_count=132, l2_cache_size=60 << 20)
+
+    def __init__(self, ordinal):
+        pass
 
 
 class _Kernel(launch._Kernel):
@@ -85,16 +93,19 @@ class _Torch(adapters._Torch):
         return "cpu"
 
 
+def _host_of(array):
+    """Ask what is asked of a tensor on a device, and take it for one."""
+    return None if library_of(array) == "torch" and not array.is_cuda else "a GPU"
+
+
 def _pretend():
     """Put in the place of what needs a driver what needs none."""
     fake = _Driver()
     driver.driver = launch.driver = fake
-    launch._Kernel = _Kernel
+    launch._Kernel, launch.Device = _Kernel, _Device
     adapters._LIBRARIES["torch"] = _Torch
-    backends._cuda = lambda: cuda
-    for module in (backends, arrays):
-        host_of = module.host_of
-        module.host_of = lambda array, host_of=host_of: host_of(array) and None
+    backends.cuda_backend = lambda: cuda
+    backends.host_of = arrays.host_of = _host_of
 
 
 class _Clock:
@@ -124,16 +135,17 @@ def _settle():
         torch.cuda.synchronize()
 
 
-def _median(call, rounds):
-    """Microseconds of a call."""
-    seconds = []
+def _medians(calls, rounds):
+    """Microseconds of each call, all taking turns, since the machine may change its pace."""
+    samples = {name: [] for name in calls}
     for _ in range(rounds):
-        _settle()
-        begun = perf_counter_ns()
-        for _ in range(10):
-            call()
-        seconds.append((perf_counter_ns() - begun) / 10e3)
-    return statistics.median(seconds)
+        for name, call in calls.items():
+            _settle()
+            for _ in range(10):
+                begun = perf_counter_ns()
+                call()
+                samples[name].append((perf_counter_ns() - begun) / 1e3)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def _pieces(call, rounds):
@@ -142,17 +154,15 @@ def _pieces(call, rounds):
     kept = []
     for piece, places in PIECES.items():
         for owner, name in places:
-            if hasattr(owner, name):
-                kept.append((owner, name, getattr(owner, name)))
-                setattr(owner, name, clock.wrap(piece, getattr(owner, name)))
+            kept.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, clock.wrap(piece, getattr(owner, name)))
     samples = {piece: [] for piece in PIECES}
     for _ in range(rounds):
         _settle()
         clock.spent = dict.fromkeys(PIECES, 0)
-        for _ in range(10):
-            call()
+        call()
         for piece, spent in clock.spent.items():
-            samples[piece].append(spent / 10e3)
+            samples[piece].append(spent / 1e3)
     for owner, name, function in kept:
         setattr(owner, name, function)
     return {piece: statistics.median(times) for piece, times in samples.items()}
@@ -160,35 +170,49 @@ def _pieces(call, rounds):
 
 def _calls(shape, device):
     x, dy, y = (torch.randn(shape, device=device).half() for _ in range(3))
+    # PyTorch computes on what it is given: on a CPU, on little, which takes no time to speak of.
+    own = x if device == "cuda" else x[:2, :, :1, :1].clone()
     C = shape[1]
     weight, bias, mean = (torch.randn(C, device=device) for _ in range(3))
     var = torch.ones(C, device=device)
     batch, invstd = (torch.ones(C, device=device, dtype=torch.float64) for _ in range(2))
-    narrow, one = torch.zeros(C, device=device), torch.ones(C, device=device)
+    narrow, ones = torch.zeros(C, device=device), torch.ones(C, device=device)
     native = torch.nn.functional.batch_norm
-    native_backward = torch.ops.aten.native_batch_norm_backward.default
-    wanted = [True, True, True]
+    forward = partial(numbabn.batch_norm, x, mean, var, weight, bias, True)
+    kept = partial(numbabn.batch_norm_forward, x, weight, bias, mean, var)
+
+    def anew():
+        replay.forget()
+        forward(out=y)
+
     return {
-        "forward": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True),
-        "forward, out=": lambda: numbabn.batch_norm(x, mean, var, weight, bias, True, out=y),
-        "inference": lambda: numbabn.batch_norm(x, mean, var, weight, bias),
-        "backward": lambda: numbabn.batch_norm_backward(dy, x, weight, batch, invstd),
-        "PyTorch's forward": lambda: native(x, mean, var, weight, bias, True),
-        "PyTorch's inference": lambda: native(x, mean, var, weight, bias),
-        "PyTorch's backward": lambda: native_backward(
-            dy, x, weight, mean, var, narrow, one, True, 1e-5, wanted
+        "forward, out=": partial(forward, out=y),
+        "forward": forward,
+        "forward, for a backward pass": kept,
+        "forward with ReLU, for a backward pass": partial(kept, activation="relu"),
+        "inference": partial(numbabn.batch_norm, x, mean, var, weight, bias),
+        "backward": partial(numbabn.batch_norm_backward, dy, x, weight, batch, invstd),
+        "forward, out=, the first of its kind": anew,
+        "PyTorch's forward": partial(native, own, mean, var, weight, bias, True),
+        "PyTorch's inference": partial(native, own, mean, var, weight, bias),
+        "PyTorch's backward": partial(
+            torch.ops.aten.native_batch_norm_backward.default,
+            own, own, weight, mean, var, narrow, ones, True, 1e-5, [True, True, True],
         ),
-    }
+    }  # fmt: skip
 
 
 def measured(shape, rounds, device):
     """Give, for each call, microseconds of the whole and of its pieces."""
-    for name, call in _calls(shape, device).items():
-        for _ in range(50):
+    calls = _calls(shape, device)
+    for call in calls.values():
+        for _ in range(20):
             call()
-        whole = _median(call, rounds)
-        pieces = {} if "PyTorch" in name else _pieces(call, rounds)
-        yield {"call": name, "shape": shape, "whole": whole, "pieces": pieces}
+    whole = _medians(calls, rounds)
+    for name, call in calls.items():
+        ours = "PyTorch" not in name and "first" not in name
+        pieces = _pieces(call, rounds) if ours else {}
+        yield {"call": name, "shape": shape, "whole": whole[name], "pieces": pieces}
 
 
 def main():
@@ -200,12 +224,10 @@ def main():
         _pretend()
     torch.set_num_threads(1)
     print(f"Microseconds of the host, {'on a GPU' if real else 'without a GPU'}")
-    print(f"{'':<38}{'whole':>7}", *(f"{piece:>14}" for piece in PIECES))
-    for shape in SHAPES:
-        for row in measured(shape, rounds, "cuda" if real else "cpu"):
-            title = f"{'x'.join(map(str, shape))} {row['call']}"
-            pieces = row["pieces"].values()
-            print(f"{title:<38}{row['whole']:>7.1f}", *(f"{each:>14.1f}" for each in pieces))
+    print(f"{'':<40}{'whole':>7}", *(f"{piece:>14}" for piece in PIECES))
+    for row in measured(SHAPE, rounds, "cuda" if real else "cpu"):
+        pieces = row["pieces"].values()
+        print(f"{row['call']:<40}{row['whole']:>7.1f}", *(f"{each:>14.1f}" for each in pieces))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From an array's kind to the module that computes on it."""
 
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,6 +47,26 @@ def backend_of(name: str, array: Any) -> Any:
     raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got {kind}")
 
 
+def _is_on_device(name: str, array: Any, stream: Any) -> bool:
+    """Whether a call's first array is on a device; if it is no array, others say so.
+
+    Raises
+    ------
+    TypeError
+        If it is of another library, but on the host.
+    """
+    library = library_of(array)
+    if library == "numpy" and stream is not None:
+        raise TypeError(f"stream: expected None for NumPy arrays, got {type(stream).__qualname__}")
+    if library in (None, "numpy"):
+        return False
+    host = host_of(array)
+    if host is not None:
+        kind = type(array).__qualname__
+        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {host}")
+    return True
+
+
 def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
     """See the arrays of a call, if the first is on a device, as `DeviceArray`.
 
@@ -60,17 +80,34 @@ def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
         If this machine lacks what it takes to compute there.
     """
     name, first = next(iter(arrays.items()))
-    library = library_of(first)
-    if library == "numpy" and stream is not None:
-        raise TypeError(f"stream: expected None for NumPy arrays, got {type(stream).__qualname__}")
-    if library in (None, "numpy"):
+    if not _is_on_device(name, first, stream):
         return arrays.values()
-    host = host_of(first)
-    if host is not None:
-        kind = type(first).__qualname__
-        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {host}")
-    seen: Iterable[Any] = cuda_backend().borrow(stream, arrays)
+    seen: Iterable[Any] = cuda_backend().borrow(stream, tuple(arrays), arrays.values())
     return seen
+
+
+def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function of arrays as `borrow` sees them, and settings, take arrays of any library.
+
+    It is given a stream, the arrays of these names, and the settings, all by position, and gives a
+    tuple: arrays as the caller's own kind, and what is none.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        first, ndarray = names[0], np.ndarray
+
+        @wraps(function)
+        def run(stream: Any, *arguments: Any) -> Any:
+            x = arguments[0]
+            if type(x) is ndarray and stream is None:
+                return function(*arguments)
+            if _is_on_device(first, x, stream):
+                return cuda_backend().run(function, names, stream, arguments)
+            return function(*arguments)
+
+        return run
+
+    return decorate
 
 
 def to_numpy(array: Any) -> Any:

@@ -22,7 +22,8 @@ FLOATS = (*NARROW, *WIDE)
 
 
 REMEMBERED = 1024  # calls of each kind
-_PLAIN = (type(None), bool, int, float, str)  # settings whose value is all there is to them
+# Settings whose value is all there is to them.
+PLAIN = frozenset((type(None), bool, int, float, str))
 
 
 def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,7 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
         parts: list[Any] = []
         for a in arguments:
             kind = type(a)
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 parts += (kind, a)
             elif kind is ndarray and a.ndim:
                 parts += (a.shape, a.dtype)

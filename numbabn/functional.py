@@ -4,10 +4,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import ndarray
 
 from . import checks
-from .backends import backend_of, borrow
+from .backends import backend_of, borrow, on_arrays
 from .layout import arrange
 from .libraries import namespace
 from .stats import BatchStats, PerChannel
@@ -115,28 +114,12 @@ def _check_forward(
     return _Sweep(backend, axis, count, momentum, eps, correction, relu)
 
 
+@on_arrays("x", "weight", "bias", "running_mean", "running_var", "residual", "out")
 def _forward(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    *,
-    momentum: float,
-    eps: float,
-    axis: int,
-    residual: Any,
-    activation: str | None,
-    correction: float,
-    out: Any,
-    stream: Any,
-    with_mask: bool,
-) -> ForwardResult:
-    if type(x) is not ndarray or stream is not None:
-        x, weight, bias, running_mean, running_var, residual, out = borrow(
-            stream, x=x, weight=weight, bias=bias,
-            running_mean=running_mean, running_var=running_var, residual=residual, out=out,
-        )  # fmt: skip
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, residual: Any, out: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any, to_go_back: bool,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """Give y and, for a backward pass to come, mean, invstd and mask."""
     sweep: _Sweep = _check_forward(
         x, weight, bias, running_mean, running_var,
         momentum, eps, axis, residual, activation, correction, out,
@@ -154,20 +137,19 @@ def _forward(
 
     backend = sweep.backend
     y = backend.empty_like(x) if out is None else out
-    mask = backend.allocate_mask(x) if sweep.relu and with_mask else None
+    mask = backend.allocate_mask(x) if sweep.relu and to_go_back else None
     if sweep.values == 0:
         C = x.shape[sweep.axis]
         with np.errstate(divide="ignore"):
             invstd = np.full(C, 1.0 / np.sqrt(sweep.eps))
-        mean, invstd = backend.upload(np.zeros(C), x), backend.upload(invstd, x)
-        return _forward_result(backend.give(y, mean, invstd, mask))
+        return y, backend.upload(np.zeros(C), x), backend.upload(invstd, x), mask
     layout = arrange(backend, sweep.axis, (x, residual), (y,), mask=mask)
     mean, invstd = backend.forward(
         layout, (weight, bias, running_mean, running_var),
-        sweep.eps, sweep.momentum, sweep.correction, sweep.relu,
+        sweep.eps, sweep.momentum, sweep.correction, sweep.relu, to_go_back,
     )  # fmt: skip
     layout.finish(backend)
-    return _forward_result(backend.give(y, mean, invstd, mask))
+    return y, mean, invstd, mask
 
 
 def batch_norm(
@@ -252,14 +234,13 @@ def batch_norm(
         checks.flag("training", training)
     if not training:
         return _inference(
-            x, running_mean, running_var, weight, bias, momentum, eps, axis, residual, activation,
-            correction, out, stream,
-        )  # fmt: skip
+            stream, x, running_mean, running_var, weight, bias, residual, out,
+            momentum, eps, axis, activation, correction,
+        )[0]  # fmt: skip
     return _forward(
-        x, weight, bias, running_mean, running_var,
-        momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
-        correction=correction, out=out, stream=stream, with_mask=False,
-    ).y  # fmt: skip
+        stream, x, weight, bias, running_mean, running_var, residual, out,
+        momentum, eps, axis, activation, correction, False,
+    )[0]  # fmt: skip
 
 
 def batch_norm_forward(
@@ -296,10 +277,11 @@ def batch_norm_forward(
     >>> y.tolist(), mean.tolist(), invstd.tolist(), mask.tolist()
     ([[0.0, 0.0], [1.0, 1.0]], [2.0, 20.0], [1.0, 0.1], [12])
     """
-    return _forward(
-        x, weight, bias, running_mean, running_var,
-        momentum=momentum, eps=eps, axis=axis, residual=residual, activation=activation,
-        correction=correction, out=out, stream=stream, with_mask=True,
+    return _forward_result(
+        _forward(
+            stream, x, weight, bias, running_mean, running_var, residual, out,
+            momentum, eps, axis, activation, correction, True,
+        )
     )  # fmt: skip
 
 
@@ -335,21 +317,17 @@ def batch_norm_inference(
            [1., 2.]])
     """
     return _inference(
-        x, running_mean, running_var, weight, bias, 0.0, eps, axis, residual, activation, 0, out,
-        stream,
-    )  # fmt: skip
+        stream, x, running_mean, running_var, weight, bias, residual, out,
+        0.0, eps, axis, activation, 0,
+    )[0]  # fmt: skip
 
 
+@on_arrays("x", "running_mean", "running_var", "weight", "bias", "residual", "out")
 def _inference(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
-    momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
-    stream: Any,
-) -> Any:  # fmt: skip
-    if type(x) is not ndarray or stream is not None:
-        x, running_mean, running_var, weight, bias, residual, out = borrow(
-            stream, x=x, running_mean=running_mean, running_var=running_var,
-            weight=weight, bias=bias, residual=residual, out=out,
-        )  # fmt: skip
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, residual: Any, out: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any,
+) -> tuple[Any]:  # fmt: skip
+    """Give y."""
     sweep: _Sweep = _check_inference(
         x, running_mean, running_var, weight, bias,
         momentum, eps, axis, residual, activation, correction, out,
@@ -368,7 +346,7 @@ def _inference(
         parameters = weight, bias, running_mean, running_var
         backend.normalize(layout, parameters, sweep.eps, sweep.relu)
         layout.finish(backend)
-    return backend.give(y)[0]
+    return (y,)
 
 
 @checks.remembered
@@ -456,10 +434,17 @@ def batch_norm_backward(
     >>> bool(abs(dx).max() < 1e-15), dweight.round(6).tolist(), dbias.round(6).tolist()
     (True, [3.0], [0.0])
     """
-    if type(x) is not ndarray or stream is not None:
-        x, dy, weight, mean, invstd, mask, out = borrow(
-            stream, x=x, dy=dy, weight=weight, mean=mean, invstd=invstd, mask=mask, out=out
-        )
+    return _gradients(
+        _backward(stream, x, dy, weight, mean, invstd, mask, out, axis, training, with_residual)
+    )
+
+
+@on_arrays("x", "dy", "weight", "mean", "invstd", "mask", "out")
+def _backward(
+    x: Any, dy: Any, weight: Any, mean: Any, invstd: Any, mask: Any, out: Any,
+    axis: Any, training: Any, with_residual: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """Give dx, dweight, dbias and dresidual."""
     backend, axis, C = _check_backward(
         dy, x, weight, mean, invstd, axis, training, mask, with_residual, out
     )
@@ -472,7 +457,7 @@ def batch_norm_backward(
     if x.size == 0:
         dx = backend.empty_like(x) if out is None else out
         dweight, dbias = (backend.upload(np.zeros(C, dtype), x) for _ in range(2))
-        return _gradients(backend.give(dx, dweight, dbias, dresidual))
+        return dx, dweight, dbias, dresidual
     if with_residual and mask is None:
         # Before dx, which may be written over dy.
         backend.copy(dresidual, dy)
@@ -483,7 +468,7 @@ def batch_norm_backward(
     )  # fmt: skip
     dweight, dbias = backend.backward(layout, weight, mean, invstd, dtype, bool(training))
     layout.finish(backend)
-    return _gradients(backend.give(dx, dweight, dbias, dresidual))
+    return dx, dweight, dbias, dresidual
 
 
 @checks.remembered
@@ -535,14 +520,16 @@ def batch_stats(x: Any, *, axis: int = 1, stream: Any = None) -> BatchStats:
     >>> stats.count, stats.mean, stats.var
     (2, array([ 2., 20.]), array([  1., 100.]))
     """
-    if type(x) is not ndarray or stream is not None:
-        (x,) = borrow(stream, x=x)
+    return BatchStats(*_statistics(stream, x, axis))
+
+
+@on_arrays("x")
+def _statistics(x: Any, axis: Any) -> tuple[int, Any, Any]:
+    """Give count, mean and M2."""
     backend, axis, C, count = _data(x, axis)
     if count == 0:
-        mean, m2 = (backend.upload(np.zeros(C), x) for _ in range(2))
-    else:
-        mean, m2 = backend.statistics(arrange(backend, axis, (x,)))
-    return BatchStats(count, *backend.give(mean, m2))
+        return count, backend.upload(np.zeros(C), x), backend.upload(np.zeros(C), x)
+    return count, *backend.statistics(arrange(backend, axis, (x,)))
 
 
 def update_running_stats(
@@ -587,10 +574,9 @@ def update_running_stats(
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats: expected BatchStats, got {type(stats).__qualname__}")
     counted = stats.mean if stats.count else None
-    seen: Any = running_mean, running_var, counted
-    if type(running_mean) is not ndarray:
-        seen = borrow(None, running_mean=running_mean, running_var=running_var, stats=counted)
-    mean, var, counted = seen
+    mean, var, counted = borrow(
+        None, running_mean=running_mean, running_var=running_var, stats=counted
+    )
     # Statistics that start empty know no number of channels yet.
     C = stats.mean.shape[0] or np.size(mean)
     for name, array in (("running_mean", mean), ("running_var", var)):

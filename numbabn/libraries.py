@@ -46,7 +46,7 @@ def host_of(array: Any) -> str | None:
     library = library_of(array)
     where = "cuda"
     if library == "torch":
-        where = array.device.type
+        where = "cuda" if array.is_cuda else array.device.type
     elif library == "jaxlib":
         where = array.platform().replace("gpu", "cuda")
     elif library == ANY and hasattr(array, "__dlpack_device__"):
@@ -76,6 +76,7 @@ class Place(NamedTuple):
     device: int
     stream: int  # handle
     given: bool  # whether the caller named the stream, not the library
+    log: Any = None  # `numbabn.cuda.replay` notes there what the call does, if it is the first
 
 
 class Flags(NamedTuple):
@@ -172,6 +173,10 @@ class DeviceArray:
         self.form = form
         self.writeable = writeable
         self.base = base
+
+    def __index__(self) -> int:
+        """Stand for its address among a kernel's numbers."""
+        return self.address
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

@@ -96,10 +96,12 @@ def forward(
     momentum: float,
     correction: float,
     relu: bool,
+    wanted: bool,
 ) -> tuple[PerChannel, PerChannel]:
     """`normalize` by the batch's own mean and invstd, which are returned. Views: y, x, residual.
 
-    Parameters are as there, but the running ones, where given, are updated.
+    Parameters are as there, but the running ones, where given, are updated. Mean and invstd are
+    there whether or not they are wanted.
     """
     C = layout.shape[1]
     mean, invstd = np.empty(C), np.empty(C)

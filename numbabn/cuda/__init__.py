@@ -26,8 +26,10 @@ from .workspace import workspace_of
 
 if SIMULATED:
     from . import simulation as runner
+    from .simulation import run
 else:
     from . import launch as runner  # type: ignore[no-redef]
+    from .replay import run
 
 __all__ = [
     "allocate_mask",
@@ -41,6 +43,7 @@ __all__ = [
     "forward",
     "give",
     "normalize",
+    "run",
     "statistics",
     "upload",
 ]
@@ -81,13 +84,18 @@ class _Call:
         self.maps = tuple([runner.map_of(view, self.width, sizes) for view in maps])
         self.mask = runner.mask_of(mask)
         self.workspace = workspace_of(self.place.device, self.place.stream)
+        if self.place.log is not None:
+            self.place.log.workspace = self.workspace
 
     def per_channel(self, dtype: Any = np.float64) -> DeviceArray:
         """Allocate one number per channel."""
         return empty((self.shape.C,), dtype, self.like)
 
     def memory(self) -> Memory:
+        """Give what blocks share."""
         self.shared = self.workspace.fit(self.shape, self.like)
+        if self.place.log is not None:
+            self.place.log.shared = self.shared
         return runner.memory_of(*self.shared)
 
     def capacity(self, kernel: str) -> int:
@@ -223,21 +231,26 @@ def forward(
     momentum: float,
     correction: float,
     relu: bool,
-) -> tuple[DeviceArray, DeviceArray]:
+    wanted: bool,
+) -> tuple[DeviceArray | None, DeviceArray | None]:
     """`normalize` by the batch's own mean and invstd, which are returned. Views: y, x, residual.
 
-    Parameters are as there, but the running ones, where given, are updated.
+    Parameters are as there, but the running ones, where given, are updated. Mean and invstd that
+    are not wanted are None, or left over from a second sweep, which reads them.
     """
     *maps, mask = layout.views
     call = _Call(layout, tuple(maps), mask)
-    mean, invstd = call.per_channel(), call.per_channel()
-    given = Parameters(*map(numbers_of, (*parameters, mean, None, invstd)))
     settings = Settings(eps, momentum, correction, int(relu))
     y, x, residual = call.maps
     views = Forward(y, x, residual, call.mask)
+    mean = invstd = None
     with runner.on_device(call.place.device), call.workspace.lock:
         memory, capacity = call.memory(), call.capacity("forward")
-        if is_held(call.shape, capacity):
+        held = is_held(call.shape, capacity)
+        if wanted or not held:
+            mean, invstd = call.per_channel(), call.per_channel()
+        given = Parameters(*map(numbers_of, (*parameters, mean, None, invstd)))
+        if held:
             call.launch_held("forward", capacity, views, given, settings, memory)
         else:
             call.prepare_sums("statistics")

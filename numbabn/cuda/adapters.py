@@ -6,6 +6,7 @@ where its `Library` says so.
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, lru_cache
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 
 from ..layout import contiguous_strides
 from ..libraries import ANY, DeviceArray, Form, Place, form_of, library_of
-from .formats import LEGACY
+from .formats import ACCESS, LEGACY
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FORMS = 4096  # that are remembered
+_NOWHERE = Place(None, -1, 0, False)
 
 
 class Library(ABC):
@@ -43,6 +45,28 @@ class Library(ABC):
     def is_beside(self, array: Any, place: Place) -> bool:
         """Whether an array is the library's, on the call's device; False if that is not plain."""
         return False
+
+    def traits(self, arrays: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
+        """Give all that is asked of arrays above but addresses, and how those are aligned; those.
+
+        Addresses are of the arrays that are there.
+
+        Raises
+        ------
+        NotImplementedError
+            If to see an array is more than to look.
+        """
+        traits: list[Any] = []
+        addresses = []
+        for array in arrays:
+            if array is None:
+                traits.append(None)
+            else:
+                view = self.view("array", array, _NOWHERE)
+                at = view.address
+                traits += type(array), self.device(array), view.form, view.writeable, at % ACCESS
+                addresses.append(at)
+        return traits, addresses
 
     @abstractmethod
     def empty(self, form: Form, place: Place) -> Any:
@@ -111,6 +135,21 @@ class _Torch(Library):
 
     def is_beside(self, array: Any, place: Place) -> bool:
         return type(array) in self._kinds and bool(array.get_device() == place.device)
+
+    def traits(self, arrays: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
+        # What `view` and `is_beside` ask, without a call and an object for each: twice as fast.
+        traits: list[Any] = []
+        addresses = []
+        for a in arrays:
+            if a is None:
+                traits.append(None)
+            else:
+                at = a.data_ptr()
+                traits += (
+                    type(a), a.dtype, a.shape, a.stride(), a.get_device(), a.is_neg(), at % ACCESS,
+                )  # fmt: skip
+                addresses.append(at)
+        return traits, addresses
 
     def _device(self, place: Place) -> str:
         return f"cuda:{place.device}"
@@ -291,6 +330,9 @@ class _Protocol(_Numba):
     """Whatever has DLPack or the CUDA Array Interface; results are Numba's."""
 
     name = "CUDA"
+
+    def traits(self, arrays: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
+        raise NotImplementedError
 
     def _see(self, name: str, array: Any, stream: int) -> Any:
         from cuda.core.utils import StridedMemoryView

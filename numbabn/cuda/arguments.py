@@ -15,7 +15,7 @@ _INDEX = {name: k for k, name in enumerate(FORMATS)}
 class Map(NamedTuple):
     """Element (n, c, s) lies ``n * dn + c * dc + s * ds`` elements, or bits, behind ``at``."""
 
-    at: Any  # `Global`; of a mask, the address of its bytes; 0 if there is none
+    at: Any  # array or, in kernels, `Global`; of a mask, the address of its bytes; 0 if none
     dn: int
     dc: int
     ds: int
@@ -24,7 +24,7 @@ class Map(NamedTuple):
 class Numbers(NamedTuple):
     """One number per channel."""
 
-    at: int  # address; 0 if there is none
+    at: Any  # array or, in kernels, its address; 0 if there is none
     step: int  # bytes
     format: int  # index of `formats.FORMATS`
 
@@ -126,4 +126,4 @@ def numbers_of(array: DeviceArray | None) -> Numbers:
     """Pass one number per channel."""
     if array is None:
         return _NO_NUMBERS
-    return _numbers((array.address, *_step_and_format(array.form)))
+    return _numbers((array, *_step_and_format(array.form)))

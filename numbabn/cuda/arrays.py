@@ -3,7 +3,7 @@
 The arrays of one call are of one library, on one device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,7 @@ def require_device() -> None:
 _place = lru_cache(maxsize=256)(Place)
 
 
-def borrow(stream: Any, arrays: Mapping[str, Any]) -> tuple[DeviceArray | None, ...]:
+def borrow(stream: Any, names: Sequence[str], arrays: Iterable[Any]) -> list[Any]:
     """See the arrays of a call; the first says of which library, where and in which order.
 
     Raises
@@ -49,19 +49,19 @@ def borrow(stream: Any, arrays: Mapping[str, Any]) -> tuple[DeviceArray | None, 
     TypeError, ValueError
         If another is of another library or elsewhere, or the stream is none.
     """
-    first, x = next(iter(arrays.items()))
+    x = next(iter(arrays))
     name = library_of(x)
     assert name is not None
     adapter = library(name)
     handle = adapter.stream(x) if stream is None else handle_of(stream)
     place = _place(adapter, adapter.device(x), handle, stream is not None)
     seen: list[DeviceArray | None] = []
-    for argument, array in arrays.items():
+    for argument, array in zip(names, arrays, strict=True):
         if array is None:
             seen.append(None)
             continue
         if array is not x and not adapter.is_beside(array, place):
-            _check_beside(argument, array, first, name, place)
+            _check_beside(argument, array, names[0], name, place)
         view = adapter.view(argument, array, place)
         form = view.form
         # By number; what has more dimensions is copied if it cannot be read so.
@@ -71,7 +71,7 @@ def borrow(stream: Any, arrays: Mapping[str, Any]) -> tuple[DeviceArray | None, 
                 f"{view.itemsize} bytes, got {view.address} and {view.strides}"
             )
         seen.append(view)
-    return tuple(seen)
+    return seen
 
 
 def _check_beside(argument: str, array: Any, first: str, name: str, place: Place) -> None:
@@ -88,15 +88,43 @@ def _check_beside(argument: str, array: Any, first: str, name: str, place: Place
         raise ValueError(f"{argument}: {expected}, got one on CUDA device {device}")
 
 
-def give(*arrays: DeviceArray | None) -> tuple[Any, ...]:
-    """Give results as the caller's own kind of array."""
-    return tuple([a if a is None else a.place.library.give(a) for a in arrays])
+def give(*results: Any) -> tuple[Any, ...]:
+    """Give arrays as the caller's own kind, and what is none as it is."""
+    return tuple([a.place.library.give(a) if type(a) is DeviceArray else a for a in results])
+
+
+def _made(make: Callable[[Form, Place], DeviceArray], form: Form, place: Place) -> DeviceArray:
+    """Make an array of a call, noting how if somebody wants to know."""
+    array = make(form, place)
+    if place.log is not None:
+        place.log.made.append((make, form, array))
+    return array
+
+
+def _does_more(place: Place) -> None:
+    """Note that a call does more than allocate and launch."""
+    if place.log is not None:
+        place.log.more = True
 
 
 def _allocate(form: Form, place: Place) -> DeviceArray:
     adapter: Library = place.library
     owner = adapter.empty(form, place)
     return DeviceArray(owner, place, adapter.address(owner), form)
+
+
+def _allocate_zeros(form: Form, place: Place) -> DeviceArray:
+    array = _allocate(form, place)
+    if form.size:
+        place.library.clear(array)
+    return array
+
+
+def _allocate_bits(form: Form, place: Place) -> DeviceArray:
+    nbytes = -(-form.size // 8)
+    memory = _allocate_zeros(_c_contiguous((-(-nbytes // WORD) * WORD,), np.uint8), place)
+    bits: DeviceArray = place.library.view("mask", memory.owner[:nbytes], place)
+    return bits
 
 
 def _without_gaps(shape: Sequence[int], order: Sequence[int], dtype: Any) -> Form:
@@ -123,24 +151,22 @@ def _as_in(form: Form) -> Form:
 
 def empty(shape: tuple[int, ...], dtype: Any, like: DeviceArray) -> DeviceArray:
     """Allocate a contiguous array beside another."""
-    return _allocate(_c_contiguous(shape, dtype), like.place)
+    return _made(_allocate, _c_contiguous(shape, dtype), like.place)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: DeviceArray) -> DeviceArray:
     """Allocate a contiguous array of zeros beside another."""
-    array = empty(shape, dtype, like)
-    if array.size:
-        array.place.library.clear(array)
-    return array
+    return _made(_allocate_zeros, _c_contiguous(shape, dtype), like.place)
 
 
 def empty_like(x: DeviceArray) -> DeviceArray:
     """Allocate an array with the same order of axes in memory, as ``numpy.empty_like``."""
-    return _allocate(_as_in(x.form), x.place)
+    return _made(_allocate, _as_in(x.form), x.place)
 
 
 def upload(values: Any, like: DeviceArray) -> DeviceArray:
     """Copy a NumPy array to where another is."""
+    _does_more(like.place)
     adapter: Library = like.place.library
     return adapter.view("values", adapter.upload(values, like.place), like.place)
 
@@ -152,6 +178,7 @@ def download(array: DeviceArray) -> Any:
 
 def copy(target: DeviceArray, source: DeviceArray) -> None:
     """Copy between arrays of one shape and dtype, whatever their strides."""
+    _does_more(target.place)
     if target.size:
         target.place.library.copy(target, source)
 
@@ -167,7 +194,4 @@ def contiguous(array: DeviceArray) -> DeviceArray:
 
 def allocate_mask(x: DeviceArray) -> DeviceArray:
     """Zeros for one bit per element of ``x``, in memory of whole words."""
-    nbytes = -(-x.size // 8)
-    memory = zeros((-(-nbytes // WORD) * WORD,), np.uint8, x)
-    mask: DeviceArray = x.place.library.view("mask", memory.owner[:nbytes], x.place)
-    return mask
+    return _made(_allocate_bits, x.form, x.place)

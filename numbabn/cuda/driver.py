@@ -9,6 +9,7 @@ from cuda.bindings import driver
 from .formats import LEGACY
 
 SUCCESS = driver.CUresult.CUDA_SUCCESS
+_IDLE = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -61,8 +62,7 @@ def is_capturing(stream: int) -> bool:
     """Whether work put on a stream goes into a CUDA graph; the default stream's never does."""
     if stream <= LEGACY:
         return False
-    status = checked(driver.cuStreamIsCapturing(stream))
-    return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+    return bool(checked(driver.cuStreamIsCapturing(stream)) != _IDLE)
 
 
 def refuse_to_capture(stream: int, what: str) -> None:

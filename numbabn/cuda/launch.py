@@ -6,7 +6,7 @@ launch, which takes 40 microseconds to look at six arrays.
 
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import addressof, c_int64, c_void_p
 from functools import cache, lru_cache, partial
 from itertools import chain
@@ -23,6 +23,7 @@ from .driver import SUCCESS, checked, on_device, refuse_to_capture
 from .formats import LEGACY, MOST_BLOCKS, THREADS
 
 __all__ = [
+    "Launches",
     "capacity",
     "l2_bytes",
     "launch",
@@ -48,7 +49,7 @@ def map_of(view: View | None, width: int, sizes: tuple[int, int, int]) -> Map:
     if view is None:
         return _NO_MAP
     array, dn, dc, ds = view
-    return _map((array.address, dn, dc, ds))
+    return _map((array, dn, dc, ds))
 
 
 def mask_of(view: View | None) -> Map:
@@ -58,7 +59,7 @@ def mask_of(view: View | None) -> Map:
 
 def memory_of(partials: DeviceArray, sums: DeviceArray, counters: DeviceArray) -> Memory:
     """Pass what blocks share."""
-    return _memory((partials.address, sums.address, counters.address))
+    return _memory((partials, sums, counters))
 
 
 class _Kernel:
@@ -182,14 +183,53 @@ def launch(
     loaded = _kernel(place, kernel, view, format_name, width)
     if shared > loaded.shared:
         loaded.allow(shared)
-    numbers = _numbers
-    loaded.pack(numbers.memory, 0, *flatten(arguments))
-    (error,) = driver.cuLaunchKernelEx(
-        _config(min(blocks, MOST_BLOCKS), shared, together, place.stream),
-        loaded.function, numbers.pointers, 0,
-    )  # fmt: skip
+    config = _config(min(blocks, MOST_BLOCKS), shared, together, place.stream)
+    numbers = flatten(arguments)
+    loaded.pack(_numbers.memory, 0, *numbers)
+    name = f"{kernel}_{view}"
+    _submit(config, loaded.function, _numbers.pointers, name)
+    if place.log is not None:
+        place.log.launches.append((config, loaded, numbers, name))
+
+
+def _submit(config: Any, function: Any, pointers: int, name: str) -> None:
+    (error,) = driver.cuLaunchKernelEx(config, function, pointers, 0)
     if error != SUCCESS:
-        raise RuntimeError(f"launch of {kernel}_{view}: expected success, got {error.name}")
+        raise RuntimeError(f"launch of {name}: expected success, got {error.name}")
+
+
+class Launches:
+    """The launches of a call, to be made again, by one thread at a time.
+
+    Each kernel's numbers stay where they are, but for addresses, which all kernels read in one
+    place.
+    """
+
+    __slots__ = ("_addresses", "_kept", "_launches", "_pack")
+
+    def __init__(self, launches: Iterable[Any], arrays: Sequence[DeviceArray | None]) -> None:
+        self._addresses = (c_int64 * len(arrays))()
+        self._pack = struct.Struct(f"{len(arrays)}q").pack_into
+        first = addressof(self._addresses)
+        at = {id(array): first + 8 * k for k, array in enumerate(arrays) if array is not None}
+        self._kept: list[Any] = []  # memory that the driver reads
+        self._launches: list[tuple[Any, ...]] = []
+        for config, loaded, numbers, name in launches:
+            memory = (c_int64 * len(numbers))()
+            loaded.pack(memory, 0, *numbers)
+            own = range(addressof(memory), addressof(memory) + 8 * len(numbers), 8)
+            pointers = (c_void_p * len(numbers))(*[
+                at[id(number)] if type(number) is DeviceArray else place
+                for number, place in zip(numbers, own, strict=True)
+            ])  # fmt: skip
+            self._kept += memory, pointers
+            self._launches.append((config, loaded.function, addressof(pointers), name))
+
+    def __call__(self, *addresses: int) -> None:
+        """Launch, given the address of each of the arrays, their device being current."""
+        self._pack(self._addresses, 0, *addresses)
+        for each in self._launches:
+            _submit(*each)
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,6 @@
 """How kernels are launched in Numba's simulator."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,8 +10,10 @@ from ..layout import View
 from ..libraries import DeviceArray, Place
 from . import channels, planes, rows, short
 from .arguments import Map, Memory
+from .arrays import borrow, give
 from .formats import FORMATS, MOST_BLOCKS, THREADS
-from .simulator import Flat, flat, flat_bytes, run
+from .simulator import Flat, flat, flat_bytes
+from .simulator import run as run_blocks
 
 # As of an H200, which may hold two blocks on each of 132 multiprocessors.
 RUNNING = 264  # blocks that run at once
@@ -67,6 +70,23 @@ def l2_bytes(place: Place) -> int:
     return L2
 
 
+def run(
+    function: Callable[..., Any], names: tuple[str, ...], stream: Any, arguments: tuple[Any, ...]
+) -> Sequence[Any]:
+    """Call a function on arrays as they are seen in here: `replay.run`, each time the first."""
+    seen = borrow(stream, names, arguments[: len(names)])
+    return give(*function(*seen, *arguments[len(names) :]))
+
+
+def _as_kernels_take_it(argument: Any) -> Any:
+    """Give addresses for arrays, in tuples too."""
+    if isinstance(argument, DeviceArray):
+        return argument.address
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_as_kernels_take_it, argument))
+    return argument
+
+
 def launch(
     place: Place, kernel: str, view: str, format_name: str, width: int, blocks: int,
     *arguments: Any, shared: int = 0, together: bool = False,
@@ -77,4 +97,7 @@ def launch(
     slots = shared // (access * THREADS)
     if together and blocks > RUNNING:
         raise RuntimeError(f"{blocks} blocks launched together, of which {RUNNING} can run at once")
-    run(function, min(blocks, MOST_BLOCKS), THREADS, arguments, slots=slots, together=together)
+    arguments = tuple(map(_as_kernels_take_it, arguments))
+    run_blocks(
+        function, min(blocks, MOST_BLOCKS), THREADS, arguments, slots=slots, together=together
+    )

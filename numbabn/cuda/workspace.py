@@ -31,10 +31,12 @@ class Buffers(NamedTuple):
     def allocate(cls, sizes: tuple[int, ...], like: DeviceArray) -> "Buffers":
         """Allocate numbers of each beside another array."""
         partials, sums, counters = sizes
+        # Not the call's: it is there when the call is made again.
+        beside = DeviceArray(None, like.place._replace(log=None), 0, like.form)
         return cls(
-            empty((partials,), np.float64, like),
-            empty((sums,), np.float64, like),
-            zeros((counters,), np.int32, like),
+            empty((partials,), np.float64, beside),
+            empty((sums,), np.float64, beside),
+            zeros((counters,), np.int32, beside),
         )
 
 
@@ -50,12 +52,15 @@ class Workspace:
     Attributes
     ----------
     buffers : Buffers or None
-        What it has so far.
+        What it has so far; it never becomes less.
+    addresses : tuple of int
+        Theirs.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.buffers: Buffers | None = None
+        self.addresses = (0, 0, 0)
         self._is_captured = False
 
     def fit(self, shape: Shape, like: DeviceArray) -> Buffers:
@@ -87,6 +92,8 @@ class Workspace:
                     max(each.size, size) for each, size in zip(buffers, sizes, strict=True)
                 )
             buffers = self.buffers = Buffers.allocate(sizes, like)
+            partials, sums, counters = buffers
+            self.addresses = partials.address, sums.address, counters.address
             self._is_captured = False
         if capturing and not self._is_captured:
             _captured.append(buffers)
@@ -94,12 +101,12 @@ class Workspace:
         return buffers
 
 
-_PER_THREAD = 2  # handle of a stream that each thread has one of
+PER_THREAD = 2  # handle of a stream that each thread has one of
 
 
 def workspace_of(device: int, stream: int) -> Workspace:
     """Give a stream's memory."""
-    return _workspace(device, stream, threading.get_ident() if stream == _PER_THREAD else 0)
+    return _workspace(device, stream, threading.get_ident() if stream == PER_THREAD else 0)
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 pytest.importorskip("cuda.core", reason="numba-cuda is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
+import double_driver
 from cuda.bindings import driver as real
 from numba.cuda import types
 
@@ -20,9 +21,6 @@ from numbabn.cuda.arguments import Forward, Map, Numbers, Parameters, Settings, 
 from numbabn.cuda.compilation import Code
 from numbabn.libraries import Place
 
-OK = real.CUresult.CUDA_SUCCESS
-CAPTURING = real.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
-IDLE = real.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 PLACE = Place(None, 0, 7, False)
 KERNEL = "normalize", "planes", "float16", 8
 MAP, NUMBERS = Map(11, 12, 13, 14), Numbers(21, 22, 23)
@@ -36,50 +34,8 @@ ARGUMENTS = (
 SHARED, OWN, OPT_IN = 100_000, 1024, 200_000
 
 
-class Driver:
-    """What `launch` and `driver` use of the driver: one device, blocks two to a multiprocessor."""
-
-    def __init__(self):
-        self.contexts = []
-        self.launches = []
-        self.attributes = []
-        self.capturing = set()
-        self.error = OK
-
-    def __getattr__(self, name):
-        return getattr(real, name)
-
-    def cuInit(self, flags):  # noqa: N802
-        return (OK,)
-
-    def cuDeviceGet(self, ordinal):  # noqa: N802
-        return OK, ordinal
-
-    def cuDevicePrimaryCtxRetain(self, device):  # noqa: N802
-        return OK, real.CUcontext(100 + device)
-
-    def cuCtxGetCurrent(self):  # noqa: N802
-        return OK, self.contexts[-1] if self.contexts else real.CUcontext(0)
-
-    def cuCtxPushCurrent(self, context):  # noqa: N802
-        self.contexts.append(context)
-        return (OK,)
-
-    def cuCtxPopCurrent(self):  # noqa: N802
-        return OK, self.contexts.pop()
-
-    def cuStreamIsCapturing(self, stream):  # noqa: N802
-        return OK, CAPTURING if stream in self.capturing else IDLE
-
-    def cuKernelGetFunction(self, kernel):  # noqa: N802
-        return OK, real.CUfunction(int(kernel))
-
-    def cuKernelSetAttribute(self, name, value, kernel, device):  # noqa: N802
-        self.attributes.append(value)
-        return (OK,)
-
-    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):  # noqa: N802
-        return OK, 2
+class Driver(double_driver.Driver):
+    """Keeps all numbers that a kernel might take."""
 
     def cuLaunchKernelEx(self, config, function, pointers, extra):  # noqa: N802
         addresses = (ctypes.c_void_p * launch._MOST_NUMBERS).from_address(pointers)

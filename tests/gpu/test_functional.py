@@ -420,6 +420,7 @@ def test_the_same_bits_held_and_swept_twice(torch, monkeypatch, name, dtype, ulp
     p = problem_of(torch, *case, dtype, ulp)
     taken = []
     launch = cuda.runner.launch
+    on_device.forget(monkeypatch)
 
     def noting(place, kernel, *arguments, **options):
         taken.append(kernel)
@@ -430,6 +431,7 @@ def test_the_same_bits_held_and_swept_twice(torch, monkeypatch, name, dtype, ulp
     assert {"forward", "backward"} <= set(taken)
     taken.clear()
     monkeypatch.setattr(cuda, "is_held", lambda shape, capacity: False)
+    on_device.forget(monkeypatch)
     check_bits(all_results(p), expected)
     assert not {"forward", "backward"} & set(taken)
 
@@ -445,4 +447,5 @@ def test_the_same_bits_on_any_number_of_blocks(torch, monkeypatch, name, blocks)
     expected = all_results(p)
     monkeypatch.setattr(cuda.runner, "capacity", lambda *arguments: blocks)
     monkeypatch.setattr(cuda.runner, "MOST_BLOCKS", blocks)
+    on_device.forget(monkeypatch)
     check_bits(all_results(p), expected)
