@@ -344,6 +344,17 @@ def anew(typing_context, value):
 
 
 @intrinsic
+def apart(typing_context):
+    """Keep what a branch does from being done in any case and then, mostly, thrown away."""
+
+    def codegen(context, builder, signature, args):
+        _asm(builder, ir.VoidType(), [], "", "", [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def small(typing_context, value):
     """Give an integer of which LLVM knows that it is not negative and has 32 bits."""
 

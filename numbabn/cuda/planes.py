@@ -251,7 +251,6 @@ def forward_planes(maps, parameters, settings, memory, shape):
             wait_for_all(memory.counters, c, shape.pieces)
             mean, m2 = merged_moments(memory, shape, Partials(c, True, 0), sums)
         count = np.float64(shape.N * shape.S)
-        barrier()
         if _leads(shape, c):
             invstd = inverse(m2 / count, settings.eps)
             place, step = _crew(shape), _crews(shape)

@@ -195,7 +195,8 @@ def _piece_moments(x, shape, group, index, stage, held, policy):
         around = column_sum(staged(squares(moments, scale, shifts), stage), stage, columns)
         if attempt == wanted and counts(attempt, around):
             shift, m2 = near, around
-        if attempt == AS_IT_IS:
+        # What lies beyond the last channel wants nothing.
+        if attempt == AS_IT_IS and _channel(x.at, shape, anew(group)) < shape.C:
             wanted = attempt_for(x.at, m2)
         if not any_of(wanted > attempt):
             break

@@ -67,7 +67,7 @@ def _planes(sizes: tuple[int, int, int], width: int, arrays: int) -> Shape:
     groups = _ceil(C, THREADS >> crew)
     return Shape(
         N, C, S, planes, places, per_plane, pieces, groups, crew, across, below,
-        1 << across, along, rounds, _beside(pieces), 1,
+        1 << across, along, rounds, 0, 1,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from greenlet import getcurrent, greenlet
 
 from .formats import CONSTANTS, CREWS, FORMATS, LANES, STAGE, THREADS, Format
 
-WORD = 32
+WORD_BITS = 32
 _POWERS = 1 << np.arange(LANES)
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FORMATS}
 
@@ -359,6 +359,10 @@ def quotient(a: int, b: int) -> int:
     return a // b
 
 
+def apart() -> None:
+    pass
+
+
 def passing() -> int:
     return 0
 
@@ -414,24 +418,24 @@ def get_bits(mask: Any, bit: int) -> int:
 
 
 def gathered(y: Flat, bits: int) -> int:
-    side = WORD // y.width
+    side = WORD_BITS // y.width
     first = _here.t // side * side
     each = _wait(_EXCHANGE, bits)
     return sum(each[first + k] << k * y.width for k in range(side))
 
 
 def put_word(mask: Any, bit: int, bits: int) -> None:
-    if not 0 <= bit <= bit + WORD <= 8 * len(mask):
+    if not 0 <= bit <= bit + WORD_BITS <= 8 * len(mask):
         raise IndexError(f"a word from bit {bit} on, of {8 * len(mask)}")
-    if bit % WORD or (mask.ctypes.data + bit // 8) % (WORD // 8):
+    if bit % WORD_BITS or (mask.ctypes.data + bit // 8) % (WORD_BITS // 8):
         raise IndexError(f"a word from bit {bit} on, where none begins")
-    mask[bit // 8 : bit // 8 + WORD // 8] = list(bits.to_bytes(WORD // 8, "little"))
+    mask[bit // 8 : bit // 8 + WORD_BITS // 8] = list(bits.to_bytes(WORD_BITS // 8, "little"))
 
 
 def or_bits(mask: Any, bit: int, bits: int) -> None:
     if not 0 <= bit <= bit + bits.bit_length() <= 8 * len(mask):
         raise IndexError(f"bits {bits:b} from bit {bit} on, of {8 * len(mask)}")
-    if bit % WORD + bits.bit_length() > WORD:
+    if bit % WORD_BITS + bits.bit_length() > WORD_BITS:
         raise IndexError(f"bits {bits:b} from bit {bit} on, beyond the end of a word")
     for k in range(bits.bit_length()):
         mask[bit + k >> 3] |= (bits >> k & 1) << (bit + k & 7)

@@ -1,10 +1,10 @@
-"""What a thread does with its share of a piece, of planes or of rows.
+"""What a thread does with its share of a piece, of planes, short ones or rows.
 
 A piece is what a block sums in one go. Its threads lie side by side along the axis that is
 contiguous in memory, places of planes or channels of rows, and below one another along the other.
 Each loads four times before it uses the first. What it holds for its second turn are the last four
-in registers, and those before them in the slots of shared memory; or it holds nothing, and loads
-them again.
+in registers, and those before them in the slots of shared memory; of rows, and of short planes,
+which are rows here, all are in slots. Or it holds nothing, and loads them again.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .arguments import Backward, Forward
 from .target import (
     anew,
+    apart,
     device,
     every_bit,
     get_bits,
@@ -247,7 +248,7 @@ def thread_products(maps, piece, rounds, constants, slots, policy):
 
 @device
 def loaded_x(x, piece, slots, policy):
-    """Begin to load what nothing was held of."""
+    """Begin to load planes of which nothing was held; rows are loaded turn by turn."""
     if piece.of_rows:
         return Held(Place(0, 0), _nothing(x), None, Place(0, 0), slots)
     at = _from(piece, Place(0, 0))
@@ -258,7 +259,7 @@ def loaded_x(x, piece, slots, policy):
 
 @device
 def loaded_dy_x(maps, piece, slots, policy):
-    """Begin to load what nothing was held of."""
+    """Begin to load planes of which nothing was held, as `loaded_x` does."""
     if piece.of_rows:
         return Held(Place(0, 0), _nothing(maps.x), _nothing(maps.x), Place(0, 0), slots)
     at = _from(piece, Place(0, 0))
@@ -271,6 +272,7 @@ def loaded_dy_x(maps, piece, slots, policy):
 def _write_y(maps, firsts, piece, place, x, residual, constants, rectify, together, policy):
     y = normalized(unpack(x), constants)
     if present(maps.residual.at):
+        apart()
         y = y + unpack(residual)
     if rectify:
         y = relu(y)

@@ -1,4 +1,4 @@
-"""What both views share: what a thread sums, what a block sums, constants, and bits.
+"""What all views share: what a thread sums, what a block sums, constants, and bits.
 
 A thread sums no more than `schedule.DEPTH` accesses of a piece in the type that it computes with;
 from there on sums run in float64. Its moments are, lane by lane, those of Welford, "Note on a
@@ -163,7 +163,7 @@ AS_IT_IS, GROWN, SHRUNK = range(3)
 @device
 def scale_of(x, attempt):
     """Give the power of two by which deviations are scaled."""
-    scale = 1.0 if attempt == AS_IT_IS else 2.0**64 if attempt == GROWN else 2.0**-64
+    scale = 1.0 if attempt == AS_IT_IS else 2.0**64 if attempt == GROWN else 2.0**-72
     return as_computed(x, scale)
 
 
@@ -519,13 +519,13 @@ def gradient(dy, lanes, constants):
 
 # Bits.
 
-WORD = 32
+WORD_BITS = 32
 
 
 @device
 def whole_words(y, mask, step, across):
     """Whether neighbouring threads hold the bits of a word."""
-    side = WORD // width(y)
+    side = WORD_BITS // width(y)
     return present(mask) and step == 1 and side <= WARP and side <= 1 << across
 
 
@@ -542,10 +542,10 @@ def write_bits(y, mask, bit, lanes, valid, left, together):
     """
     bits = passed(y, lanes)
     if together:
-        within = thread() * width(y) & (WORD - 1)
+        within = thread() * width(y) & (WORD_BITS - 1)
         word = gathered(y, bits)
         # With numbers beyond the end, or where words begin elsewhere, each sets its own bits.
-        if left + within >= WORD and (bit - within) & (WORD - 1) == 0:
+        if left + within >= WORD_BITS and (bit - within) & (WORD_BITS - 1) == 0:
             if valid and within == 0:
                 put_word(mask, bit, word)
             return
