@@ -182,7 +182,8 @@ def _piece_moments(x, shape, c, index, sums, held, policy):
         around = crew_sum(total(squares(moments, scale, spread(x.at, near))), sums, crew)
         if counts(attempt, around):
             shift, m2 = near, around
-        attempt = attempt_for(x.at, m2)
+        # What lies beyond the last channel wants nothing.
+        attempt = attempt_for(x.at, m2) if anew(c) < shape.C else AS_IT_IS
         if not any_of(attempt != AS_IT_IS):
             break
     return total(wide(anchor)) / np.float64(width(x.at)) + shift, m2, turns

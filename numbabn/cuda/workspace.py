@@ -104,11 +104,18 @@ class Workspace:
 PER_THREAD = 2  # handle of a stream that each thread has one of
 
 
+_own = threading.local()  # by what the thread is known: identifiers are used again
+
+
 def workspace_of(device: int, stream: int) -> Workspace:
     """Give a stream's memory."""
-    return _workspace(device, stream, threading.get_ident() if stream == PER_THREAD else 0)
+    if stream != PER_THREAD:
+        return _workspace(device, stream, None)
+    if not hasattr(_own, "thread"):
+        _own.thread = object()
+    return _workspace(device, stream, _own.thread)
 
 
 @lru_cache(maxsize=64)
-def _workspace(device: int, stream: int, thread: int) -> Workspace:
+def _workspace(device: int, stream: int, thread: object) -> Workspace:
     return Workspace()

@@ -40,7 +40,7 @@ from problem import (
 import numbabn
 import numbabn.cuda
 from numbabn.backends import borrow
-from numbabn.cuda import formats, schedule, simulation, simulator
+from numbabn.cuda import formats, schedule, simulation, simulator, sweep
 from numbabn.layout import arrange
 
 DTYPES = cases.TOLERANCES | cases.NARROW
@@ -202,11 +202,27 @@ def test_a_constant_channel_in_other_formats(shape, dtype, constant):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("scale", [1e-30, 1e15, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e15, 1e30, 5e37])
 @pytest.mark.parametrize("shape", [(9, 2, 12, 12), (131, 5)])
 def test_squares_neither_overflow_nor_underflow(shape, scale, dtype):
     tolerance = {"atol": 2**-6} if dtype == ml_dtypes.bfloat16 else {}
     check_scale(shape, scale, dtype, ON, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((17, 24), 1), ((19, 5, 5, 40), -1), ((2, 19, 3, 4), 1), ((13, 16, 7, 7), 1)],
+)
+def test_what_lies_beyond_the_last_channel_is_not_summed_again(monkeypatch, shape, axis):
+    monkeypatch.setattr(simulation, "RUNNING", 1000)
+    loaded = []
+    load = simulator.load
+    monkeypatch.setattr(
+        sweep, "load", lambda x, index, policy: (loaded.append(x.width), load(x, index, policy))[1]
+    )
+    x = cases.normal(shape, np.float16)
+    ON.call(numbabn.batch_norm_forward, x, axis=axis)
+    assert sum(loaded) == x.size
 
 
 def test_channels_of_any_scale_beside_each_other():
@@ -306,7 +322,8 @@ def everything(shape, axis, dtype, ulp):
 class TestSameBits:
     @dtypes
     @pytest.mark.parametrize(
-        ("shape", "axis"), [((2, 2, 23, 23), 1), ((53, 19), 1), ((131, 24), 1), ((5, 7, 9), 1)]
+        ("shape", "axis"),
+        [((2, 2, 23, 23), 1), ((53, 19), 1), ((131, 24), 1), ((5, 7, 9), 1), ((7, 1, 29, 29), 1)],
     )
     def test_whatever_the_blocks_and_their_order(self, monkeypatch, shape, axis, dtype, ulp):
         expected = everything(shape, axis, dtype, ulp)
@@ -331,6 +348,7 @@ class TestSameBits:
             ((17, 16), 1),
             ((131, 24), 1),
             ((40, 8, 5, 5), 1),
+            ((7, 1, 29, 29), 1),
         ],
     )
     def test_held_and_swept_twice(self, monkeypatch, shape, axis, dtype, ulp):
