@@ -69,9 +69,9 @@ MOST = {
     #                     float16, bfloat16, float32, float64
     "planes": {
         "statistics":         (82, 88, 53, 68),
-        "normalize":          (70, 76, 49, 47),
+        "normalize":          (70, 76, 49, 46),
         "forward statistics": (89, 93, 60, 73),
-        "forward normalize":  (76, 82, 56, 56),
+        "forward normalize":  (76, 81, 56, 54),
         "products":           (65, 72, 44, 39),
         "gradient":           (43, 46, 30, 28),
         "backward products":  (71, 75, 48, 46),
@@ -79,9 +79,9 @@ MOST = {
     },
     "short": {
         "statistics":         (73, 79, 44, 59),
-        "normalize":          (57, 62, 34, 30),
+        "normalize":          (56, 63, 33, 28),
         "forward statistics": (76, 81, 47, 65),
-        "forward normalize":  (55, 61, 32, 28),
+        "forward normalize":  (55, 61, 32, 26),
         "products":           (58, 65, 36, 32),
         "gradient":           (41, 43, 26, 25),
         "backward products":  (61, 66, 39, 35),
@@ -89,9 +89,9 @@ MOST = {
     },
     "rows": {
         "statistics":         (73, 81, 45, 59),
-        "normalize":          (71, 77, 55, 54),
+        "normalize":          (71, 78, 55, 53),
         "forward statistics": (76, 81, 47, 63),
-        "forward normalize":  (71, 77, 50, 50),
+        "forward normalize":  (71, 77, 50, 48),
         "products":           (58, 66, 36, 32),
         "gradient":           (41, 43, 26, 24),
         "backward products":  (61, 66, 39, 34),
