@@ -171,8 +171,10 @@ class TestParameters:
             numbabn.batch_norm(x, running, None, FakeCUDAArray(packed), training=True)
         assert not running.copy_to_host().any()
 
-    def test_workspaces_of_threads_own_streams(self):
+    def test_workspaces_of_threads_own_streams(self, monkeypatch):
         per_thread, legacy = 2, 1
+        # As of a thread that has ended, whose identifier another one has.
+        monkeypatch.setattr(workspace.threading, "get_ident", lambda: 7)
         here = workspace.workspace_of(0, per_thread)
         assert here is workspace.workspace_of(0, per_thread)
         assert here is not workspace.workspace_of(0, legacy)

@@ -166,7 +166,14 @@ class TestSlots:
             run(kernel, blocks=2, slots=1)
 
     def test_none_keep_nothing(self):
-        run(lambda: gpu.keep(gpu.no_slots(), 9, None))
+        def kernel(out):
+            memory = gpu.no_slots()
+            gpu.keep(memory, 0, gpu.nothing(as_lanes(aligned(8), 4)))
+            out.append((gpu.holds(memory), dict(gpu._here.held)))
+
+        out = []
+        run(kernel, out, slots=1)
+        assert out == [(False, {})] * THREADS
 
 
 class TestBlocksThatWait:
