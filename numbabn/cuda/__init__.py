@@ -1,13 +1,12 @@
 """The five operations on CUDA arrays, as views that `numbabn.layout` made; see `numbabn.cpu`."""
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..layout import Layout, Plan, View
+from ..layout import Layout, View
 from ..libraries import DeviceArray
-from .arguments import Backward, Forward, Gradients, Memory, Parameters, Settings, Shape, numbers_of
+from .arguments import Backward, Forward, Gradients, Memory, Parameters, Settings, numbers_of
 from .arrays import (
     allocate_mask,
     borrow,
@@ -19,8 +18,8 @@ from .arrays import (
     give,
     upload,
 )
-from .formats import ACCESS, FORMATS, THREADS
-from .schedule import first_lasting, is_held, is_short, shape_of, slots_of
+from .formats import ACCESS, FORMATS
+from .schedule import cut, first_lasting, is_held
 from .target import SIMULATED
 from .workspace import workspace_of
 
@@ -47,17 +46,6 @@ __all__ = [
     "statistics",
     "upload",
 ]
-
-
-class Cut(NamedTuple):
-    """How the work of a call is cut."""
-
-    view: str  # "planes", "rows", or "short": planes of which several share an access
-    width: int  # numbers moved at a time
-    shape: Shape
-    tasks: int  # pieces of all channels
-    held: int  # bytes of shared memory in which a block holds a piece
-    summed: int  # bytes that are read for the sums
 
 
 class _Call:
@@ -145,47 +133,6 @@ class _Call:
         computed = FORMATS[self.format].computed
         blocks = -(-self.shape.C >> self.shape.beside)
         runner.launch(self.place, kernel, "channels", computed, 1, blocks, *arguments, self.shape)
-
-
-@lru_cache(maxsize=1024)
-def cut(plan: Plan, format_name: str, offsets: tuple[int, ...], arrays: int) -> Cut:
-    """Choose how many numbers move at a time, and cut the work accordingly.
-
-    `offsets` are bytes behind an aligned address; the sums are of so many arrays.
-    """
-    lanes, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
-    N, C, S = plan.shape
-    view, width = plan.kind, _width(plan, lanes, itemsize, offsets)
-    gaps = [*offsets, *([dn * itemsize for dn, _, _ in plan.steps] if N > 1 else [])]
-    full = not any(gap % (lanes * itemsize) for gap in gaps)
-    if (
-        width < lanes
-        and view == "planes"
-        and plan.adjoining
-        and full
-        and is_short(plan.shape, lanes)
-    ):
-        view, width = "short", lanes
-    shape = shape_of(view, plan.shape, width, itemsize, arrays)
-    held = slots_of(shape, view, arrays) * THREADS * width * itemsize
-    return Cut(view, width, shape, shape.groups * shape.pieces, held, arrays * N * C * S * itemsize)
-
-
-def _width(plan: Plan, lanes: int, itemsize: int, offsets: tuple[int, ...]) -> int:
-    """Choose how many numbers move at a time: as many as lie aligned in every array."""
-    N, C, S = plan.shape
-    planes = plan.kind == "planes"
-    numbers = [S if planes else C, *(offset // itemsize for offset in offsets)]
-    width = lanes
-    for dn, dc, ds in plan.steps:
-        inner, between = (ds, dc) if planes else (dc, ds)
-        if inner != 1 and numbers[0] != 1:
-            width = 1
-        numbers += [dn] if N > 1 else []
-        numbers += [between] if (C if planes else S) > 1 else []
-    while any(number % width for number in numbers):
-        width //= 2
-    return width
 
 
 def _as_row(view: View | None) -> View | None:

@@ -13,10 +13,9 @@ import numpy as np
 
 from ..layout import arrange
 from ..libraries import DeviceArray, Place, form_of
-from . import Cut, cut
 from .compilation import Code, Variant, compiled
 from .formats import ACCESS, FORMATS, THREADS, WARP
-from .schedule import TURNS, is_held
+from .schedule import TURNS, Cut, cut, is_held
 
 
 class GPU(NamedTuple):

@@ -7,9 +7,12 @@ and the variant, depends on the GPU.
 """
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
+from ..layout import Plan
 from .arguments import Shape
-from .formats import LANES, THREADS, WARP
+from .formats import FORMATS, LANES, THREADS, WARP
 
 TURNS = 4  # accesses that a thread makes before it uses the first
 # Accesses that a thread holds, of all arrays together: 96 KB of a block, of which two find room in
@@ -146,6 +149,58 @@ def slots_of(shape: Shape, view: str, arrays: int) -> int:
     """How many accesses a thread holds in shared memory."""
     turns = _ceil(shape.rounds, TURNS) * TURNS
     return arrays * (turns - TURNS if view == "planes" else turns)
+
+
+class Cut(NamedTuple):
+    """How the work of a call is cut."""
+
+    view: str  # "planes", "rows", or "short": planes of which several share an access
+    width: int  # numbers moved at a time
+    shape: Shape
+    tasks: int  # pieces of all channels
+    held: int  # bytes of shared memory in which a block holds a piece
+    summed: int  # bytes that are read for the sums
+
+
+@lru_cache(maxsize=1024)
+def cut(plan: Plan, format_name: str, offsets: tuple[int, ...], arrays: int) -> Cut:
+    """Choose how many numbers move at a time, and cut the work accordingly.
+
+    `offsets` are bytes behind an aligned address; the sums are of so many arrays.
+    """
+    lanes, itemsize = FORMATS[format_name].lanes, FORMATS[format_name].itemsize
+    N, C, S = plan.shape
+    view, width = plan.kind, _width(plan, lanes, itemsize, offsets)
+    gaps = [*offsets, *([dn * itemsize for dn, _, _ in plan.steps] if N > 1 else [])]
+    full = not any(gap % (lanes * itemsize) for gap in gaps)
+    if (
+        width < lanes
+        and view == "planes"
+        and plan.adjoining
+        and full
+        and is_short(plan.shape, lanes)
+    ):
+        view, width = "short", lanes
+    shape = shape_of(view, plan.shape, width, itemsize, arrays)
+    held = slots_of(shape, view, arrays) * THREADS * width * itemsize
+    return Cut(view, width, shape, shape.groups * shape.pieces, held, arrays * N * C * S * itemsize)
+
+
+def _width(plan: Plan, lanes: int, itemsize: int, offsets: tuple[int, ...]) -> int:
+    """Choose how many numbers move at a time: as many as lie aligned in every array."""
+    N, C, S = plan.shape
+    planes = plan.kind == "planes"
+    numbers = [S if planes else C, *(offset // itemsize for offset in offsets)]
+    width = lanes
+    for dn, dc, ds in plan.steps:
+        inner, between = (ds, dc) if planes else (dc, ds)
+        if inner != 1 and numbers[0] != 1:
+            width = 1
+        numbers += [dn] if N > 1 else []
+        numbers += [between] if (C if planes else S) > 1 else []
+    while any(number % width for number in numbers):
+        width //= 2
+    return width
 
 
 def is_held(shape: Shape, capacity: int) -> bool:
