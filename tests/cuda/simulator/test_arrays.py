@@ -1,6 +1,8 @@
 """Numba's arrays, seen in its simulator: host memory behind the same interface."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import cases
 import ml_dtypes
@@ -174,7 +176,8 @@ class TestParameters:
     def test_workspaces_of_threads_own_streams(self, monkeypatch):
         per_thread, legacy = 2, 1
         # As of a thread that has ended, whose identifier another one has.
-        monkeypatch.setattr(workspace.threading, "get_ident", lambda: 7)
+        alike = SimpleNamespace(get_ident=lambda: 7, RLock=threading.RLock)
+        monkeypatch.setattr(workspace, "threading", alike)
         here = workspace.workspace_of(0, per_thread)
         assert here is workspace.workspace_of(0, per_thread)
         assert here is not workspace.workspace_of(0, legacy)
