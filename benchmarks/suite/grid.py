@@ -2,11 +2,20 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
 
-from .yardstick import BATCH, SUITES, Case, call_of, make, parse_shape
+import numbabn
 
+from .yardstick import BATCH, SUITES, Arrays, Case, bench_call_of, make, parse_shape
+
+# Those of ``numbabn bench``, whose traffic has a limit, and the other ways through the kernels.
 OPS = ["forward", "inference", "backward", "add_relu"]
+MORE_OPS = ["statistics", "eval_backward"]
+LIKE = {"statistics": "inference", "eval_backward": "backward"}  # whose arrays they take
+
 IMAGES = ["x".join(map(str, (BATCH, *image))) for image in SUITES["quick"].images]
 ROWS = ["x".join(map(str, shape)) for shape in SUITES["quick"].whole]
 
@@ -50,26 +59,46 @@ class Small(Grid):
     params = (OPS, ["float32"], ["4x16x8x8"])
 
 
-# Of the operations that have kernels of their own, those that take longest to compile first.
-KERNELS = [
-    (layout, op, dtype, layout.params[2][0])
-    for op in ("backward", "forward", "inference")
-    for layout in (NHWC, NCHW, Small)
-    for dtype in layout.params[1]
-]
+def arrays_of(case: Case) -> Arrays:
+    """Draw a case's data, and touch its result's pages."""
+    return make(replace(case, op=LIKE.get(case.op, case.op)))
+
+
+def call_of(case: Case, arrays: Arrays, library: Any = numbabn) -> Callable[[], Any]:
+    """Return the call that is timed."""
+    if case.op == "statistics":
+        return lambda: library.batch_stats(arrays.x, axis=case.axis)
+    if case.op == "eval_backward":
+        given = arrays.other, arrays.x, arrays.weight, arrays.mean, arrays.invstd
+        options = {"axis": case.axis, "training": False, "out": arrays.out}
+        return lambda: library.batch_norm_backward(*given, **options)
+    return bench_call_of(case, arrays, library)
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Map over processes, as many as there are cores, which know what this one knows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(function, items))
+
+
+def kernels() -> list[Case]:
+    """List cases that between them call every kernel of the grid, the longest to compile first."""
+    return [
+        layout().case(op, dtype, layout.params[2][0])
+        for op in ("backward", "forward", "statistics", "inference")
+        for layout in (NHWC, NCHW, Small)
+        for dtype in layout.params[1]
+    ]
 
 
 def compile_kernels() -> None:
-    """Compile what all cases call, on all cores; each kernel then comes from numba's cache.
+    """Compile what all cases call; each kernel then comes from numba's cache.
 
     One after the other, as benchmarks come to them, it would take twice as long on two cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(_compile, KERNELS))
+    in_parallel(_compile, kernels())
 
 
-def _compile(kernel: tuple[type[Grid], str, str, str]) -> None:
-    layout, *names = kernel
-    case = layout().case(*names)
-    call_of(case, make(case))()
+def _compile(case: Case) -> None:
+    call_of(case, arrays_of(case))()

@@ -4,17 +4,15 @@ Ratios of medians of samples taken in turns in one process, so that what else th
 strikes both alike.
 """
 
-from typing import Any
-
 from . import grid
-from .yardstick import CPU, Budget, Case, Sampler, Timing, call_of, make, measure, numpy_peer
+from .grid import arrays_of, call_of
+from .grid import compile_kernels as setup_cache
+from .yardstick import CPU, Budget, Case, Sampler, Timing, measure, numpy_peer, parse_shape
+
+__all__ = ["NC", "NCHW", "NHWC", "NumPy", "setup_cache"]
 
 SECONDS = 0.3
 TURNS = 7
-
-
-def setup_cache() -> None:
-    grid.compile_kernels()
 
 
 class _Fractions:
@@ -26,16 +24,19 @@ class _Fractions:
         result = measure(self.case(op, dtype, shape), Budget(SECONDS), [], CPU())
         if result.fraction is None:
             raise RuntimeError(result.check.problem)
-        return result.fraction
+        return round(result.fraction, 4)
 
 
-class NCHW(_Fractions, grid.NCHW): ...
+class NCHW(_Fractions, grid.NCHW):
+    """Channels first."""
 
 
-class NHWC(_Fractions, grid.NHWC): ...
+class NHWC(_Fractions, grid.NHWC):
+    """Channels last."""
 
 
-class NC(_Fractions, grid.NC): ...
+class NC(_Fractions, grid.NC):
+    """No places."""
 
 
 class NumPy:
@@ -50,11 +51,11 @@ class NumPy:
 
     def track_ratio(self, op: str, case: str) -> float:
         layout, _, shape = case.partition(" ")
-        case = Case(op, layout, "float32", tuple(map(int, shape.split("x"))))
-        arrays = make(case)
+        case = Case(op, layout, "float32", parse_shape(shape))
+        arrays = arrays_of(case)
         (numpy,) = numpy_peer.calls_of(case, arrays).values()
         ours, theirs = (Sampler(call, CPU().clock) for call in (call_of(case, arrays), numpy))
         for _ in range(TURNS):
             ours.sample()
             theirs.sample()
-        return Timing.of(theirs.samples).median / Timing.of(ours.samples).median
+        return round(Timing.of(theirs.samples).median / Timing.of(ours.samples).median, 4)

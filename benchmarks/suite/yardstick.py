@@ -20,8 +20,8 @@ for _name, _folder in (
     _package.__path__ = [str(ROOT / _folder)]
     sys.modules[_name] = _package
 
-from yardstick.cli.bench.arrays import make  # noqa: E402
-from yardstick.cli.bench.calls import call_of  # noqa: E402
+from yardstick.cli.bench.arrays import Arrays, make  # noqa: E402
+from yardstick.cli.bench.calls import call_of as bench_call_of  # noqa: E402
 from yardstick.cli.bench.cases import DTYPES, Case  # noqa: E402
 from yardstick.cli.bench.devices.cpu import CPU  # noqa: E402
 from yardstick.cli.bench.measurement import Budget, measure  # noqa: E402
@@ -30,6 +30,6 @@ from yardstick.cli.bench.sampling import Sampler, Timing  # noqa: E402
 from yardstick.cli.bench.suites import BATCH, SUITES, parse_shape  # noqa: E402
 
 __all__ = [
-    "BATCH", "CPU", "DTYPES", "ROOT", "SUITES", "Budget", "Case", "Sampler", "Timing", "call_of",
-    "make", "measure", "numpy_peer", "parse_shape",
+    "BATCH", "CPU", "DTYPES", "ROOT", "SUITES", "Arrays", "Budget", "Case", "Sampler", "Timing",
+    "bench_call_of", "make", "measure", "numpy_peer", "parse_shape",
 ]  # fmt: skip

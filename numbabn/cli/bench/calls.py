@@ -12,22 +12,22 @@ from .cases import DTYPES, Case
 from .devices import Device
 
 
-def call_of(case: Case, arrays: Arrays) -> Callable[[], Any]:
-    """Return the call that is checked and timed."""
+def call_of(case: Case, arrays: Arrays, library: Any = numbabn) -> Callable[[], Any]:
+    """Return the call that is checked and timed, of this numbabn or of another."""
     x, other, weight, bias = arrays.x, arrays.other, arrays.weight, arrays.bias
     running = arrays.running_mean, arrays.running_var
     options: dict[str, Any] = {"axis": case.axis, "out": arrays.out}
     training = options | {"momentum": MOMENTUM, "eps": EPS}
     fused = training | {"residual": other, "activation": "relu"}
     calls: dict[str, Callable[[], Any]] = {
-        "forward": lambda: numbabn.batch_norm_forward(x, weight, bias, *running, **training),
-        "inference": lambda: numbabn.batch_norm_inference(
+        "forward": lambda: library.batch_norm_forward(x, weight, bias, *running, **training),
+        "inference": lambda: library.batch_norm_inference(
             x, *running, weight, bias, eps=EPS, **options
         ),
-        "backward": lambda: numbabn.batch_norm_backward(
+        "backward": lambda: library.batch_norm_backward(
             other, x, weight, arrays.mean, arrays.invstd, **options
         ),
-        "add_relu": lambda: numbabn.batch_norm_forward(x, weight, bias, *running, **fused),
+        "add_relu": lambda: library.batch_norm_forward(x, weight, bias, *running, **fused),
     }
     return calls[case.op]
 
