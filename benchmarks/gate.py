@@ -1,0 +1,215 @@
+"""Fail if a commit made a kernel slower than another: ``python benchmarks/gate.py BASE [HEAD]``.
+
+Airspeed velocity builds both commits, finds the benchmarks and sets them up; what is compared here
+is the ratio of two calls made in turns in one process (``side_by_side.py``). All benchmarks are
+compared in some rounds, each a process of its own. Those whose median ratio is near the threshold
+or beyond are compared again, for longer and in more rounds, and what they show then decides.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from asv import environment, util
+from asv.benchmarks import Benchmarks
+from asv.config import Config
+from asv.console import log
+from asv.repo import NoSuchNameError, Repo, get_repo
+
+ROOT = Path(__file__).parents[1]
+KEPT = Path(".asv", "gate")
+PROGRAM = ROOT / "benchmarks" / "side_by_side.py"
+BENCHMARKS = r"^times\."  # those whose classes are grids
+THRESHOLD = 5.0  # %
+SUSPECT = 0.6  # of the threshold
+ROUNDS, SECONDS = 3, 0.1  # of all
+MORE_ROUNDS, MORE_SECONDS = 5, 0.4  # of suspects
+WHERE = "import importlib.util as u; print(*u.find_spec('numbabn').submodule_search_locations)"
+
+
+class GateError(Exception):
+    """Something that the user can mend."""
+
+
+class Sides:
+    """Two commits' packages, and the environment of asv's in which both are run."""
+
+    def __init__(self, base: str, head: str) -> None:
+        self.conf = Config.load("asv.conf.json")
+        self.conf.benchmark_dir = str(ROOT / self.conf.benchmark_dir)
+        self.repo: Repo = get_repo(self.conf)
+        self.repo.pull()
+        (self.env, *_) = environment.get_environments(self.conf, None)
+        self.env.create()
+        self.commits = {"base": self._commit(base), "head": self._commit(head)}
+        self.folders = {side: self._installed(side) for side in self.commits}
+
+    def _commit(self, name: str) -> str:
+        try:
+            return str(self.repo.get_hash_from_name(name))
+        except NoSuchNameError:
+            raise GateError(f"expected a commit, a branch or a tag, got {name!r}") from None
+
+    def _installed(self, side: str) -> str:
+        """Install a commit; keep the package by itself, as asv's environment has room for one.
+
+        Either side has a copy: what numba compiles knows the name that its package had then.
+        """
+        commit = self.commits[side]
+        folder = KEPT / side / commit
+        if not folder.exists():
+            self.env.install_project(self.conf, self.repo, commit)
+            partial = folder.with_suffix(".partial")
+            shutil.copytree(self.env.run(["-c", WHERE]).strip(), partial, dirs_exist_ok=True)
+            partial.rename(folder)
+        return str(folder.resolve())
+
+    def find(self, pattern: str) -> dict[str, str]:
+        """Find the benchmarks of kernels: asv's identifier of each, and its name as it is shown."""
+        try:
+            found = Benchmarks.discover(
+                self.conf, self.repo, [self.env], [self.commits["head"]], regex=pattern
+            )
+        except util.UserError as error:
+            raise GateError(str(error)) from None
+        timed = [each for name, each in found.items() if name.startswith("times.")]
+        if not timed:
+            raise GateError(f"--bench: expected a pattern of benchmarks in times, got {pattern!r}")
+        return {
+            f"{each['name']}-{at}": f"{each['name']}({', '.join(map(eval_name, params))})"
+            for each in timed
+            for at, params in enumerate(product(*each["params"]))
+        }
+
+    def run(self, names: Iterable[str], seconds: float | None, round_: int) -> list[Any]:
+        """Compare benchmarks for some seconds each; compile what they call where None are given."""
+        request = {
+            "suite": self.conf.benchmark_dir,
+            "sides": self.folders,
+            "benchmarks": list(names),
+            "seconds": seconds,
+            "round": round_,
+        }
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+            json.dump(request, file)
+        try:
+            text = self.env.run([str(PROGRAM), file.name], timeout=3600, dots=False)
+        finally:
+            os.unlink(file.name)
+        answers: list[Any] = json.loads(text.splitlines()[-1])
+        return answers
+
+
+def eval_name(parameter: str) -> str:
+    """Write a parameter without the quotes that asv keeps it in."""
+    return parameter.strip("'")
+
+
+def decide(sides: Sides, names: dict[str, str], threshold: float) -> dict[str, Any]:
+    """Compare all, then the suspects again; return what was found of each, by name."""
+    log.info(f"Compiling {len(names)} benchmarks' kernels for both commits")
+    sides.run(names, None, 0)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+
+    def rounds(names: list[str], count: int, seconds: float, first: int) -> None:
+        for at in range(first, first + count):
+            log.info(f"Round {at + 1}: {len(names)} benchmarks, {seconds} s each")
+            for name, answer in zip(names, sides.run(names, seconds, at), strict=True):
+                found[name].append(answer)
+
+    rounds([*names], ROUNDS, SECONDS, 0)
+    able = [name for name in names if not any("error" in each for each in found[name])]
+    limit = 1 + threshold / 100
+    suspects = [name for name in able if not within(ratio(found[name]), SUSPECT * threshold)]
+    first = {name: found[name] for name in suspects}
+    found.update({name: [] for name in suspects})
+    if suspects:
+        rounds(suspects, MORE_ROUNDS, MORE_SECONDS, ROUNDS)
+    result = {}
+    for name, answers in found.items():
+        error = next((each["error"] for each in answers if "error" in each), None)
+        if error is not None:
+            result[names[name]] = {"error": error}
+            continue
+        value = ratio(answers)
+        verdict = "slower" if value > limit else "faster" if value < 1 / limit else "same"
+        result[names[name]] = {
+            "verdict": verdict,
+            "ratio": value,
+            "ratios": [each["ratio"] for each in (*first.get(name, ()), *answers)],
+            "base": statistics.median(each["base"] for each in answers),
+            "head": statistics.median(each["head"] for each in answers),
+        }
+    return result
+
+
+def ratio(answers: list[Any]) -> float:
+    """Take the median over rounds."""
+    return statistics.median(each["ratio"] for each in answers)
+
+
+def within(value: float, percent: float) -> bool:
+    """Whether a ratio is near 1, either way."""
+    return 1 / (1 + percent / 100) <= value <= 1 + percent / 100
+
+
+def report(result: dict[str, Any], sides: Sides, threshold: float) -> None:
+    """Print what differs, and a line that sums up."""
+    for word in ("slower", "faster"):
+        for name, each in result.items():
+            if each.get("verdict") == word:
+                print(
+                    f"{word}  {each['ratio']:.3f}x  {1e6 * each['base']:.1f} us -> "
+                    f"{1e6 * each['head']:.1f} us  {name}"
+                )
+    for name, each in result.items():
+        if "error" in each:
+            print(f"not compared: {name}: {each['error']}")
+    ratios = sorted(each["ratio"] for each in result.values() if "ratio" in each)
+    slower = sum(each.get("verdict") == "slower" for each in result.values())
+    base, head = (commit[:8] for commit in sides.commits.values())
+    if ratios:
+        print(
+            f"{head} against {base}: {slower} of {len(ratios)} benchmarks slower by more than "
+            f"{threshold:g}%; ratios {ratios[0]:.3f} to {ratios[-1]:.3f}, "
+            f"median {statistics.median(ratios):.3f}"
+        )
+
+
+def main() -> int:
+    """Compare; return 1 if something has become slower, 2 for a wrong use."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("base", metavar="BASE", help="the commit that is compared with")
+    parser.add_argument("head", metavar="HEAD", nargs="?", default="HEAD")
+    parser.add_argument("--bench", default=BENCHMARKS, metavar="REGEX", help="only some benchmarks")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, metavar="PERCENT",
+        help="what counts as slower (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all ratios")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    log.enable()
+    try:
+        sides = Sides(args.base, args.head)
+        result = decide(sides, sides.find(args.bench), args.threshold)
+    except GateError as error:
+        print(f"gate: {error}", file=sys.stderr)
+        return 2
+    report(result, sides, args.threshold)
+    if args.json:
+        document = {"commits": sides.commits, "threshold": args.threshold, "benchmarks": result}
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return int(any(each.get("verdict") == "slower" for each in result.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

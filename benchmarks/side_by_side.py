@@ -1,0 +1,124 @@
+"""Time two versions of numbabn in one process, on the same arrays, in turns.
+
+Run by ``gate.py`` in an environment of airspeed velocity's. Two processes would differ by several
+percent in where their arrays happen to lie in memory and caches, whatever is timed in them; here
+both versions read and write the same bytes, with the same threads, within milliseconds of each
+other.
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+from asv_runner.discovery import get_benchmark_from_name
+
+SAMPLE = 1e-3  # seconds at least, by as many calls as that takes
+
+
+def load(name: str, folder: Path) -> ModuleType:
+    """Import the package that lies in a folder under a name of its own."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sample(call: Any, calls: int) -> float:
+    """Time calls in a row; give the seconds of one."""
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    return (perf_counter() - start) / calls
+
+
+def compare(base: Any, head: Any, seconds: float, rng: random.Random) -> dict[str, float]:
+    """Sample two calls in turns, either first by chance.
+
+    Returns
+    -------
+    dict
+        `ratio`: the median, over all turns, of head's time by base's; `base`, `head`: medians of
+        the seconds of a call.
+    """
+    for call in (base, head):
+        call()
+    calls = max(1, math.ceil(SAMPLE / max(sample(base, 1), 1e-9)))
+    times: dict[Any, list[float]] = {base: [], head: []}
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        order = [base, head]
+        rng.shuffle(order)
+        for call in order:
+            times[call].append(sample(call, calls))
+    ratios = [h / b for b, h in zip(times[base], times[head], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "base": statistics.median(times[base]),
+        "head": statistics.median(times[head]),
+    }
+
+
+def grid() -> ModuleType:
+    """Give the suite's grid, once asv's runner has imported the suite."""
+    return importlib.import_module("suite.grid")
+
+
+def compile_for(job: tuple[str, Any]) -> None:
+    """Let one side do one case, so that numba keeps the kernel."""
+    side, case = job
+    grid().call_of(case, grid().arrays_of(case), sys.modules[side])()
+
+
+def compared(case: Any, sides: list[str], seconds: float, rng: random.Random) -> dict[str, Any]:
+    """Compare both sides' calls of a case, or say why one of them cannot make it."""
+    arrays = grid().arrays_of(case)
+    try:
+        base, head = (grid().call_of(case, arrays, sys.modules[side]) for side in sides)
+        return compare(base, head, seconds, rng)
+    except (AttributeError, TypeError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    """Do what a file of JSON asks for, and print JSON: one entry for each benchmark."""
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    # The kernels of each side are kept beside its sources.
+    for name in ("ASV_COMMIT", "NUMBA_CACHE_DIR"):
+        os.environ.pop(name, None)
+    sides = request["sides"]
+    # Which is loaded first must not matter.
+    for side in sorted(sides, reverse=request["round"] % 2):
+        load(side, Path(sides[side]))
+    benchmarks = [get_benchmark_from_name(request["suite"], name) for name in request["benchmarks"]]
+    cases = [each.func.__self__.case(*each._current_params) for each in benchmarks]
+    answers: list[Any] = []
+    if request["seconds"] is None:
+        # Of cases that differ in shape alone, one calls all kernels.
+        apart = {
+            (each.name, *each._current_params[:-1]): case
+            for each, case in zip(benchmarks, cases, strict=True)
+        }
+        grid().in_parallel(compile_for, [(side, case) for case in apart.values() for side in sides])
+    else:
+        rng = random.Random(request["round"])
+        gc.disable()
+        for case in cases:
+            answers.append(compared(case, list(sides), request["seconds"], rng))
+            gc.collect()
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
