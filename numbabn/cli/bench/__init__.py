@@ -54,7 +54,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
             "Time numbabn on shapes of real networks. Each case is checked against the float64 "
             "oracle, then timed in turns with a copy of as much memory (for backward: the "
             "traffic of a triad), which is the limit, and with other libraries, each in a "
-            "process of its own. Exit code 1 if a case is wrong."
+            "process of its own. Exit code 1 if a case is wrong. What --json writes, --from shows "
+            "and --plot draws again, elsewhere too."
         ),
     )
     # Without defaults of their own, what was said can be told from what was not.
