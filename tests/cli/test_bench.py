@@ -6,24 +6,38 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 
 import numbabn
 from numbabn import reference
 from numbabn.cli import bench, main
-from numbabn.cli.bench import devices, environment, measurement, oracle, peers, report, suites
+from numbabn.cli.bench import (
+    devices,
+    environment,
+    figure,
+    measurement,
+    oracle,
+    peers,
+    report,
+    results,
+    suites,
+)
 from numbabn.cli.bench.arrays import EPS, make
 from numbabn.cli.bench.cases import DTYPES, TRAFFIC, Case
 from numbabn.cli.bench.devices import cpu_limits as limits
 from numbabn.cli.bench.measurement import PeerResult, Result
 from numbabn.cli.bench.oracle import Check
 from numbabn.cli.bench.peers import worker
+from numbabn.cli.bench.results import Results
 from numbabn.cli.bench.sampling import LEAST, Sample, Sampler, Timing, WallClock, in_turn
 from numbabn.cli.command import CommandError
 
@@ -39,6 +53,13 @@ def run_bench(*arguments, code=0):
     assert main(["bench", *arguments, "--json", "bench.json"]) == code
     with open("bench.json", encoding="utf-8") as file:
         return json.load(file)
+
+
+def pixels(file, color):
+    """Count those of a color."""
+    picture = imread(file)[..., :3]
+    assert picture.shape[1] == 1800
+    return int((np.abs(picture - to_rgb(color)).max(axis=2) < 0.02).sum())
 
 
 def timing(seconds, **others):
@@ -455,18 +476,19 @@ def test_bench(capsys):
             case["traffic_bytes"] / seconds["median"] / 1e9
         )
         assert peer["ratio"] == pytest.approx(peer["seconds"]["out="]["median"] / seconds["median"])
+    assert next(iter(document.items())) == ("format", results.FORMAT)
     assert document["settings"]["repeats"] == 2
+    assert document["settings"]["seconds"] is None
     assert document["environment"]["threads_used"] == 1
     assert document["environment"]["peers"] == {"numpy": np.__version__}
+    assert str(ROOT) not in json.dumps(document)
     assert document["geometric_means"].keys() == {
         f"{op} {layout} float32" for op in bench.OPS for layout in ("nchw", "nc")
     }
     assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
 
-    picture = imread("bench.png")[..., :3]
-    assert picture.shape[1] == 1800
-    ours = np.abs(picture - (0.043, 0.384, 0.643)).max(axis=2) < 0.02
-    assert ours.any()
+    assert pixels("bench.png", figure.BLUE)
+    assert pixels("bench.png", figure.PEERS["numpy"][1])
 
 
 def test_json_to_stdout_is_only_json(capsys):
@@ -502,7 +524,10 @@ def test_what_the_library_refuses_is_said(capsys):
     document = run_bench("1x3", "--op", "forward", "--repeats", "1", "--plot", "a.pdf", code=1)
     (case,) = document["cases"]
     assert case["check"]["problem"].startswith("refused: x: expected more than one value per")
-    assert re.search(r"^ 1x3 +refused *$", capsys.readouterr().out, re.M)
+    out, err = capsys.readouterr()
+    assert re.search(r"^ 1x3 +refused *$", out, re.M)
+    assert err == "numbabn: --plot: nothing to draw, for no case was timed\n"
+    assert not Path("a.pdf").exists()
 
 
 def test_a_peer_that_cannot_shows_a_dash(capsys, monkeypatch):
@@ -515,6 +540,169 @@ def test_a_peer_that_cannot_shows_a_dash(capsys, monkeypatch):
         "seconds": {}, "ratio": None, "reason": "inference only"
     }  # fmt: skip
     assert re.search(r"^ 40x3 .* - *$", capsys.readouterr().out, re.M)
+
+
+# The results file, the table and the figure of it.
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return environment.gather(1, devices.find("cpu")) | {"peers": {"torch": "2.9+cpu"}}
+
+
+def case_of(op, layout="nchw", problem=None, peer="torch", **others):
+    case = Case(op, layout, "float32", LAYOUTS[layout])
+    if problem is not None:
+        return Result(case, Check(3, {}, problem))
+    times = timing(4e-3, **others), {"plain": timing(2e-3)}, {peer: timing(8e-3, **others)}
+    able = PeerResult({"out=": times[2][peer]})
+    return Result(case, Check(3, {"y": 1e-7}, None), *times[:2], {peer: able})
+
+
+def write(facts, *found, **changes):
+    settings = bench.SETTINGS | {"op": list(dict.fromkeys(result.case.op for result in found))}
+    document = results.document(settings, facts, list(found)) | changes
+    Path("bench.json").write_text(json.dumps(document), encoding="utf-8")
+    return document
+
+
+def test_results_survive_the_file(facts):
+    right, wrong = case_of("forward"), case_of("backward", "nc", problem="wrong: dx is off by 1")
+    unable = replace(right, peers={"torch": PeerResult(reason="no forward")})
+    document = write(facts, right, wrong, unable)
+    again = results.read(Path("bench.json"))
+    assert again.found == [right, wrong, unable] == Results.of(document).found
+    assert json.dumps(again.document) == json.dumps(document)
+    assert again.peers == {"torch": "2.9+cpu"}
+
+
+def test_from_shows_and_draws_the_same(capsys, monkeypatch):
+    run_bench("4x3x5x7", "40x3", "--repeats", "1", "--against", "numpy", "--plot", "bench.png")
+    out, _ = capsys.readouterr()
+
+    def refuse(*args, **options):
+        raise AssertionError("nothing is measured")
+
+    monkeypatch.setattr(devices, "find", refuse)
+    monkeypatch.setattr(peers, "started", refuse)
+    monkeypatch.setattr(peers, "missing", refuse)
+    assert main(["bench", "--from", "bench.json", "--plot", "again.png"]) == 0
+    again, err = capsys.readouterr()
+    assert err == ""
+    assert again == out.replace("bench.png", "again.png")
+    np.testing.assert_array_equal(imread("again.png"), imread("bench.png"))
+
+
+def test_from_of_a_wrong_case(capsys, facts):
+    write(facts, case_of("forward"), case_of("inference", problem="wrong: y is off by 1"))
+    assert main(["bench", "--from", "bench.json", "--plot", "bench.png"]) == 1
+    assert "inference nchw float32 4x3x5x7 wrong: y is off by 1" in capsys.readouterr().out
+    assert pixels("bench.png", figure.RED)
+    write(facts, case_of("inference", problem="wrong: y is off by 1"))
+    assert main(["bench", "--from", "bench.json", "--plot", "none.png"]) == 1
+    out, err = capsys.readouterr()
+    assert "0 of 1 cases agree" in out
+    assert err == "numbabn: --plot: nothing to draw, for no case was timed\n"
+    assert not Path("none.png").exists()
+
+
+@pytest.mark.parametrize("ops", [OPS[:1], OPS])
+@pytest.mark.parametrize("layouts", [["nc"], ["nchw", "nhwc", "nc"]])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_figure_of_any_results(facts, ops, layouts, noisy):
+    others = {"disturbed": 9} if noisy else {}
+    found = [case_of(op, layout, **others) for op in ops for layout in layouts]
+    figure.draw(Path("bench.png"), Results.of(write(facts, *found)))
+    assert pixels("bench.png", figure.PEERS["torch"][1])
+    assert not pixels("bench.png", figure.RED)
+    figure.draw(Path("alone.png"), Results.of(write(facts | {"peers": {}}, *found)))
+    assert not pixels("alone.png", figure.PEERS["torch"][1])
+    for file in "bench.png", "alone.png":
+        assert pixels(file, figure.BLUE)
+        edges = imread(file)[..., :3]
+        assert (edges[[0, -1]] == 1).all()
+        assert (edges[:, [0, -1]] == 1).all()
+
+
+def test_figure_of_a_gpu(facts):
+    gpu = {
+        "name": "A GPU", "compute_capability": [9, 0], "multiprocessors": 132,
+        "l2_bytes": 1 << 25, "driver_version": "580.1",
+    }  # fmt: skip
+    document = write(facts | {"gpu": gpu}, case_of("forward"))
+    document["settings"] = document["settings"] | {"device": "cuda"}
+    with rc_context({"svg.fonttype": "none"}):
+        figure.draw(Path("bench.svg"), Results.of(document))
+    text = Path("bench.svg").read_text(encoding="utf-8")
+    for words in "Batch normalization on a GPU", "Device time on A GPU", "torch 2.9<":
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "refused"),
+    [
+        (["resnet50"], "SUITE or SHAPE"),
+        (["--op", "forward"], "--op"),
+        (["--layout", "nc"], "--layout"),
+        (["--dtype", "float32"], "--dtype"),
+        (["--device", "cpu"], "--device"),
+        (["--batch", "32"], "--batch"),
+        (["--threads", "1"], "--threads"),
+        (["--against", "all"], "--against"),
+        (["--seconds", "1"], "--seconds"),
+        (["--repeats", "2"], "--repeats"),
+        (["--json", "again.json"], "--json"),
+        (["--json", "-", "--op", "forward", "--plot", "a.png"], "--op, --json"),
+    ],
+)
+def test_from_refuses_what_to_measure(capsys, argv, refused):
+    assert main(["bench", "--from", "bench.json", *argv]) == 2
+    message = f"numbabn: --from measures nothing: expected no {refused} beside it\n"
+    assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--from: 'bench.json' cannot be read: No such file or directory"),
+        ("", "--from: 'bench.json' is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ('{"format": 1,', "--from: 'bench.json' is not JSON: "),
+        ("[]", "--from: 'bench.json' is JSON, but no results of numbabn bench"),
+        ('{"versions": {}}', "--from: 'bench.json' is JSON, but no results of numbabn bench"),
+        (
+            '{"settings": {}, "environment": {}, "cases": []}',
+            f"--from: 'bench.json': expected results of format {results.FORMAT}, got format none; "
+            "measure them again: numbabn bench ... --json bench.json",
+        ),
+    ],
+)
+def test_what_is_no_results_file(capsys, text, message):
+    if text is not None:
+        Path("bench.json").write_text(text, encoding="utf-8")
+    assert main(["bench", "--from", "bench.json"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"numbabn: {message}")
+
+
+def test_results_of_another_format_or_damaged(capsys, facts):
+    write(facts, case_of("forward"), format=99)
+    assert main(["bench", "--from", "bench.json"]) == 2
+    expected = f"expected results of format {results.FORMAT}, got format 99; measure them again: "
+    assert expected in capsys.readouterr().err
+    document = write(facts, case_of("forward"))
+    for damaged in {}, document["cases"][0] | {"limits": 3}:
+        write(facts, case_of("forward"), cases=[damaged])
+        assert main(["bench", "--from", "bench.json"]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "'bench.json': expected what numbabn bench wrote, got " in err
+
+
+def test_bytes_that_are_no_text(capsys):
+    Path("bench.json").write_bytes(b"\x89PNG\r\n")
+    assert main(["bench", "--from", "bench.json"]) == 2
+    assert "numbabn: --from: 'bench.json' is not JSON: " in capsys.readouterr().err
 
 
 def test_progress_on_a_terminal_only():

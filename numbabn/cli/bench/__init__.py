@@ -1,4 +1,8 @@
-"""``numbabn bench``: time the operations against memory itself and against the peers."""
+"""``numbabn bench``: time the operations against memory itself and against the peers.
+
+What it finds out is one document (`results`), which is shown, drawn and written; ``--from`` reads
+it back instead of measuring.
+"""
 
 import argparse
 from contextlib import ExitStack
@@ -15,16 +19,29 @@ from ..command import (
     whole_number,
     write_json,
 )
-from . import calls, devices, environment, peers, suites
-from .cases import DTYPES, LAYOUTS, TRAFFIC, Case
-from .measurement import Budget, Result, means, measure
+from . import calls, devices, environment, peers, results, suites
+from .cases import DTYPES, LAYOUTS, TRAFFIC
+from .measurement import Budget, measure
+from .results import Results
 
 if TYPE_CHECKING:  # slow to import, and not there without the extra
     from rich.console import Console
 
 OPS = ("forward", "inference", "backward")
-SECONDS = 1.0
 ALL = "all"
+# What to measure where the command line does not say; none of it goes with --from.
+SETTINGS: dict[str, Any] = {
+    "what": ["quick"],
+    "op": list(OPS),
+    "layout": None,
+    "dtype": ["float32"],
+    "device": "cpu",
+    "batch": suites.BATCH,
+    "threads": None,
+    "against": [],
+    "seconds": 1.0,
+    "repeats": None,
+}
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -37,14 +54,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
             "Time numbabn on shapes of real networks. Each case is checked against the float64 "
             "oracle, then timed in turns with a copy of as much memory (for backward: the "
             "traffic of a triad), which is the limit, and with other libraries, each in a "
-            "process of its own. Exit code 1 if a case is wrong."
+            "process of its own. Exit code 1 if a case is wrong. What --json writes, --from shows "
+            "and --plot draws again, elsewhere too."
         ),
     )
-    add = parser.add_argument
+    # Without defaults of their own, what was said can be told from what was not.
+    measured = parser.add_argument_group(
+        "what to measure, and how", argument_default=argparse.SUPPRESS
+    )
+    add = measured.add_argument
     add(
         "what",
         nargs="*",
-        default=["quick"],
         metavar="SUITE|SHAPE",
         help=f"{', '.join(suites.SUITES)}, or shapes NxC or NxCxHxW, of any rank, written so "
         "whatever the layout; several, by spaces or commas (default: quick, under a minute)",
@@ -52,7 +73,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add(
         "--op",
         type=names_of(TRAFFIC),
-        default=list(OPS),
         metavar="OPS",
         help=f"some of {', '.join(TRAFFIC)} (default: {','.join(OPS)})",
     )
@@ -66,23 +86,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add(
         "--dtype",
         type=names_of(DTYPES),
-        default=["float32"],
         metavar="DTYPES",
         help=f"some of {', '.join(DTYPES)} (default: float32)",
     )
     add(
         "--device",
         choices=devices.NAMES,
-        default="cpu",
         help="where to compute and what to time: cuda by events on the device itself, which is "
-        "the first that CUDA_VISIBLE_DEVICES leaves (default: %(default)s)",
+        "the first that CUDA_VISIBLE_DEVICES leaves (default: cpu)",
     )
     add(
         "--batch",
         type=whole_number(1),
-        default=suites.BATCH,
         metavar="N",
-        help="images in the suites of images (default: %(default)s)",
+        help=f"images in the suites of images (default: {suites.BATCH})",
     )
     add(
         "--threads",
@@ -93,18 +110,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     add(
         "--against",
         type=names_of([*peers.NEEDS, ALL]),
-        default=[],
         metavar="PEERS",
         help=f"some of {', '.join(peers.NEEDS)}, or all: those installed; on cuda "
         f"{', '.join(peers.ON['cuda'])} (default: none)",
     )
-    budget = parser.add_mutually_exclusive_group()
+    budget = measured.add_mutually_exclusive_group()
     budget.add_argument(
         "--seconds",
         type=positive_number,
-        default=SECONDS,
         metavar="F",
-        help="how long to measure each case (default: %(default)s)",
+        help=f"how long to measure each case (default: {SETTINGS['seconds']})",
     )
     budget.add_argument(
         "--repeats",
@@ -112,57 +127,75 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         metavar="N",
         help="samples of each instead, one in each turn",
     )
-    add("--plot", type=_picture_file, metavar="FILE", help="draw a .png, .pdf or .svg")
-    add_json_option(parser, "settings, environment and quantiles of all samples")
+    add_json_option(parser, "the results: settings, environment and quantiles of all samples")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="FILE",
+        help="measure nothing, and show and draw the results that --json wrote",
+    )
+    parser.add_argument(
+        "--plot", type=_picture_file, metavar="FILE", help="draw a .png, .pdf or .svg"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all cases; show the table, draw the picture, write the JSON."""
+    """Measure all cases or read what was measured; show the table, write, draw."""
     require("bench", "rich", *(["matplotlib"] if args.plot else []))
     from rich.console import Console
 
     from . import report
 
-    if args.threads is not None and args.device != "cpu":
-        raise CommandError(f"--threads: expected none with --device {args.device}")
-    cases = suites.choose(args.what, args.op, args.layout, args.dtype, args.batch)
-    names = _peers(args.against, args.device)
-    device = _device(args.device, args.dtype)
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     console = Console(stderr=args.json == Path("-"), highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = report.WIDTH
-    found, facts = _measure(args, cases, names, device, console)
-    report.show(console, found, names, facts)
+    if args.source is None:
+        measured = _measure(SETTINGS | given, console)
+    else:
+        _refuse_beside_from([*given, *(["json"] if args.json else [])])
+        measured = results.read(args.source)
+    report.show(console, measured)
+    if args.json is not None:
+        write_json(args.json, measured.document)
     if args.plot:
         from . import figure
 
-        figure.draw(args.plot, found, names, report.place(facts))
+        figure.draw(args.plot, measured)
         console.print(f"Picture: {args.plot.resolve()}", markup=False, soft_wrap=True)
-    if args.json is not None:
-        write_json(args.json, _document(args, found, names, facts))
-    return int(any(result.check.problem for result in found))
+    return int(any(result.failure for result in measured.found))
 
 
-def _measure(
-    args: argparse.Namespace,
-    cases: list[Case],
-    names: list[str],
-    device: devices.Device,
-    console: "Console",
-) -> tuple[list[Result], dict[str, Any]]:
-    """Start the peers and measure every case; return the results and where they were got."""
+def _refuse_beside_from(given: list[str]) -> None:
+    if given:
+        names = ("SUITE or SHAPE" if name == "what" else f"--{name}" for name in given)
+        raise CommandError(f"--from measures nothing: expected no {', '.join(names)} beside it")
+
+
+def _measure(settings: dict[str, Any], console: "Console") -> Results:
+    """Start the peers and measure every case."""
     from . import report
 
-    budget = Budget(args.seconds, args.repeats)
-    with environment.threads(args.threads) as threads, ExitStack() as stack:
+    if settings["threads"] is not None and settings["device"] != "cpu":
+        raise CommandError(f"--threads: expected none with --device {settings['device']}")
+    cases = suites.choose(*(settings[key] for key in ("what", "op", "layout", "dtype", "batch")))
+    names = _peers(settings["against"], settings["device"])
+    device = _device(settings["device"], settings["dtype"])
+    if settings["repeats"]:
+        settings = settings | {"seconds": None}
+    budget = Budget(settings["seconds"], settings["repeats"])
+    with environment.threads(settings["threads"]) as threads, ExitStack() as stack:
         with console.status("Starting") as status:
             facts = environment.gather(threads, device)
             running = []
             for name in names:
                 status.update(f"Starting {name}")
                 try:
-                    running.append(stack.enter_context(peers.started(name, threads, args.device)))
+                    running.append(
+                        stack.enter_context(peers.started(name, threads, settings["device"]))
+                    )
                 except peers.PeerError as error:
                     raise CommandError(f"--against: {name}: {error}", code=1) from None
                 facts["peers"][name] = running[-1].version
@@ -171,21 +204,7 @@ def _measure(
         for case in cases:
             begin(f"{case.op} {case.layout} {case.name}")
             found.append(measure(case, budget, running, device))
-    return found, facts
-
-
-def _document(
-    args: argparse.Namespace, found: list[Result], names: list[str], facts: dict[str, Any]
-) -> dict[str, Any]:
-    settings = ("what", "op", "layout", "dtype", "device", "batch", "threads", "against")
-    return {
-        "settings": {name: getattr(args, name) for name in settings}
-        | {"seconds": None if args.repeats else args.seconds, "repeats": args.repeats},
-        "environment": facts,
-        "traffic": {op: traffic._asdict() for op, traffic in TRAFFIC.items() if op in args.op},
-        "cases": [result.document() for result in found],
-        "geometric_means": means(found, names),
-    }
+    return Results.of(results.document(settings, facts, found))
 
 
 def _picture_file(text: str) -> Path:

@@ -33,6 +33,7 @@ def threads(wanted: int | None) -> Iterator[int]:
 def gather(threads: int, device: Device) -> dict[str, Any]:
     """Collect what the figures depend on beside the code; peers come later."""
     facts, gpu = info.gather(), device.facts()
+    del facts["kernel_cache"]  # a folder of one's own, in a file to pass around
     if gpu is not None:
         drivers = [found["driver_version"] for found in facts["cuda_devices"]]
         gpu["driver_version"] = drivers[0] if drivers else None

@@ -75,6 +75,27 @@ class Result:
         best = self.peers[peer].best if peer in self.peers else None
         return None if self.timing is None or best is None else best.median / self.timing.median
 
+    @property
+    def failure(self) -> str | None:
+        """Why there are no times, in a word."""
+        return None if self.check.problem is None else self.check.problem.split(":")[0]
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> "Result":
+        """Rebuild it from its document."""
+        op, layout, dtype, shape = (document[key] for key in ("op", "layout", "dtype", "shape"))
+        seconds = document["seconds"]
+        return cls(
+            case=Case(op, layout, dtype, tuple(shape)),
+            check=Check(**document["check"]),
+            timing=None if seconds is None else Timing(**seconds),
+            limits=_timings(document["limits"]),
+            peers={
+                name: PeerResult(_timings(peer["seconds"]), peer["reason"])
+                for name, peer in document["peers"].items()
+            },
+        )
+
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
@@ -96,6 +117,10 @@ class Result:
                 for name, peer in self.peers.items()
             },
         }
+
+
+def _timings(document: dict[str, Any]) -> dict[str, Timing]:
+    return {way: Timing(**seconds) for way, seconds in document.items()}
 
 
 def geometric_mean(numbers: Iterable[float | None]) -> float | None:

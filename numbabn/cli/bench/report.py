@@ -12,23 +12,24 @@ from rich.table import Table
 
 from .cases import TRAFFIC
 from .measurement import Result, group_of, means
+from .results import Results
 from .sampling import LEAST, Timing
 
 WIDTH = 100  # of running text
 MARKS = {"plain": "p", "non-temporal": "n", "plain, one thread": "1", "driver": "d", "kernel": "k"}
 
 
-def show(console: Console, found: list[Result], peers: list[str], facts: dict[str, Any]) -> None:
+def show(console: Console, results: Results) -> None:
     """Print the table, what was not timed, and the footer."""
-    table = results(found, peers)
+    table = table_of(results.found, list(results.peers))
     wide = console.options.update(max_width=1000)
     footer_width = min(console.width, WIDTH)
     # The table stays whole where it is wider than the terminal.
     console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
-    for line in problems(found):
+    for line in problems(results.found):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(footer(found, facts), markup=False, width=footer_width)
+    console.print(footer(results), markup=False, width=footer_width)
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def progress(console: Console, cases: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-def results(found: list[Result], peers: list[str]) -> Table:
+def table_of(found: list[Result], peers: list[str]) -> Table:
     """Lay the results out by op, layout and dtype, geometric means at the end."""
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
     dtypes = {result.case.dtype for result in found}
@@ -86,8 +87,9 @@ def problems(found: list[Result]) -> list[str]:
     ]
 
 
-def footer(found: list[Result], facts: dict[str, Any]) -> str:
+def footer(results: Results) -> str:
     """Say how the numbers were got."""
+    found, notes = results.found, results.notes
     right = [result for result in found if result.check.problem is None]
     partly = [result for result in right if result.check.channels < result.case.channels]
     checked = f"{len(right)} of {len(found)} cases agree with the float64 oracle"
@@ -100,24 +102,25 @@ def footer(found: list[Result], facts: dict[str, Any]) -> str:
         f"{traffic.reads} read{'s' * (traffic.reads > 1)} + {traffic.writes} write"
         for traffic in dict.fromkeys(TRAFFIC[op] for op in TRAFFIC if op in ops)
     )
-    notes = facts["notes"]
     lines = [
-        f"ms: median of one call, {notes['timed']}, results preallocated. ±: half the quartiles' "
+        f"ms: median of one call, {notes.timed}, results preallocated. ±: half the quartiles' "
         "distance, in %.",
         f"GB/s: traffic of x's size, {conventions}.",
         "limit: a copy (1 read + 1 write), or a triad's traffic (2 reads + 1 write, a ^ b), of the "
-        f"same arrays {notes['limit']}.",
+        f"same arrays {notes.limit}.",
         "of the limit: the limit's time as a fraction of ms.",
-        f"{notes['cache']}.",
-        _disturbances(right, notes["disturbed"]),
+        f"{notes.cache}.",
+        _disturbances(right, notes.disturbed),
         f"{checked}.",
     ]
-    if facts["peers"]:
+    if results.peers:
         lines.append(
             "Peers: each in its own process, in turns while the others idle, by the best of its "
             "ways to do it. ratio: how many times numbabn's time it takes. -: it cannot do this."
         )
-    return "\n".join([*lines, f"{place(facts)}."])
+    versions = {"numbabn": results.version} | results.peers
+    by = (f"{name} {version}" for name, version in versions.items())
+    return "\n".join([*lines, f"{', '.join([results.place, *by])}."])
 
 
 def _disturbances(timed: list[Result], why: str) -> str:
@@ -132,36 +135,10 @@ def _disturbances(timed: list[Result], why: str) -> str:
     return text
 
 
-def place(facts: dict[str, Any]) -> str:
-    """Say in one line where the numbers were got."""
-    versions = {"numbabn": facts["versions"]["numbabn"], **facts["peers"]}
-    where = _on_cpu(facts) if facts["gpu"] is None else _on_gpu(facts["gpu"])
-    return where + "".join(f", {name} {version}" for name, version in versions.items())
-
-
-def _on_cpu(facts: dict[str, Any]) -> str:
-    threads, load = facts["threads_used"], facts["load_average"]
-    return (
-        f"{threads} thread{'s' * (threads > 1)} on {facts['cpu_model']} ({facts['cpu']['name']})"
-        + ("" if load is None else f", load {load:.1f} at the start")
-    )
-
-
-def _on_gpu(gpu: dict[str, Any]) -> str:
-    capability = ".".join(map(str, gpu["compute_capability"]))
-    driver = gpu["driver_version"]
-    return (
-        f"Device time on {gpu['name']} (compute capability {capability}, "
-        f"{gpu['multiprocessors']} multiprocessors, {gpu['l2_bytes'] / 2**20:.0f} MiB of L2)"
-        + ("" if driver is None else f", driver {driver}")
-    )
-
-
 def _cells(result: Result) -> tuple[str, ...]:
     timing, limit, speed = result.timing, result.limit, result.gigabytes_per_second
     if timing is None or limit is None or speed is None:
-        word = (result.check.problem or "-").split(":")[0]
-        return word, "", "", "", ""
+        return result.failure or "-", "", "", "", ""
     best = result.limits[limit]
     return (
         _milliseconds(timing),
