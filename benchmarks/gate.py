@@ -68,7 +68,8 @@ class Sides:
         if not folder.exists():
             self.env.install_project(self.conf, self.repo, commit)
             partial = folder.with_suffix(".partial")
-            shutil.copytree(self.env.run(["-c", WHERE]).strip(), partial, dirs_exist_ok=True)
+            # Isolated (-I): without that Python would find the package of the working tree.
+            shutil.copytree(self.env.run(["-I", "-c", WHERE]).strip(), partial, dirs_exist_ok=True)
             partial.rename(folder)
         return str(folder.resolve())
 
