@@ -50,12 +50,12 @@ def check(case: Case, arrays: Arrays, call: Callable[[], Any]) -> Check:
     worst: dict[str, Any] = {}
     largest: dict[str, Any] = {}
     for block in np.array_split(channels, -(-len(channels) * count // BLOCK)):
-        for name, expected in _expected(case, arrays, before, block):
+        for name, exact in expected(case, arrays, before, block):
             ours = np.take(actual[name], block, case.axis if actual[name].ndim > 1 else 0)
             # Unlike max(), np.maximum lets NaN through.
-            off = np.abs(ours.astype(np.float64) - expected).max()
+            off = np.abs(ours.astype(np.float64) - exact).max()
             worst[name] = np.maximum(worst.get(name, 0.0), off)
-            largest[name] = np.maximum(largest.get(name, 0.0), np.abs(expected).max())
+            largest[name] = np.maximum(largest.get(name, 0.0), np.abs(exact).max())
     errors = {name: float(worst[name] / largest[name]) for name in worst}
     wrong = [name for name, error in errors.items() if not error <= TOLERANCES[case.dtype]]
     problem = None
@@ -92,7 +92,7 @@ def _actual(case: Case, arrays: Arrays, result: Any) -> dict[str, Any]:
     }
 
 
-def _expected(
+def expected(
     case: Case, arrays: Arrays, before: tuple[Any, Any], channels: Any
 ) -> Iterator[tuple[str, Any]]:
     """Give the oracle's results on a block of channels, by name."""
