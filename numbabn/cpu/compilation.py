@@ -13,6 +13,8 @@ from typing import Any
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 
 from . import arguments
@@ -23,8 +25,47 @@ PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more th
 # infinity, `reassoc` turn sum(x - shift) into sum(x) - n * shift.
 _OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
 
+
+class _Part(JITCodeLibrary):
+    """LLVM's code of a function that kernels alone call: it becomes machine code as part of them.
+
+    By itself it would be optimized and translated, too, once more at each level of calls, which
+    takes half of the time that a kernel needs to compile.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0  # no such function
+
+    @property
+    def codegen(self) -> "_Part":
+        return self  # whose environment is set, when all is done
+
+    def set_env(self, name: str, environment: Any) -> None:
+        """Do nothing: functions that deal with no Python object need none."""
+
+
+class _PartCompiler(Compiler):
+    def define_pipelines(self) -> Any:
+        state = self.state
+        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
 # Called by kernels alone: without the wrappers for Python they compile in less time.
-_INNER = _OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INNER = _OPTIONS | {
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _PartCompiler,
+}
 primitive: Callable[[Callable[..., Any]], Any] = njit(**_INNER)
 inlined: Callable[[Callable[..., Any]], Any] = njit(**_INNER, forceinline=True)
 
