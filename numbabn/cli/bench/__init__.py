@@ -19,7 +19,7 @@ from ..command import (
     whole_number,
     write_json,
 )
-from . import calls, devices, environment, peers, results, suites
+from . import devices, environment, peers, results, suites
 from .cases import DTYPES, LAYOUTS, TRAFFIC
 from .measurement import Budget, measure
 from .results import Results
@@ -221,7 +221,7 @@ def _device(name: str, dtypes: list[str]) -> devices.Device:
     try:
         device = devices.find(name)
         for dtype in dtypes:
-            if (refusal := calls.refusal(dtype, device)) is not None:
+            if (refusal := device.refusal(dtype)) is not None:
                 raise CommandError(f"--dtype: numbabn refuses {dtype}: {refusal}")
     except RuntimeError as error:
         raise CommandError(f"--device: {error}") from None

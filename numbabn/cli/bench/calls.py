@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 import numbabn
 
 from .arrays import EPS, MOMENTUM, Arrays
-from .cases import DTYPES, Case
-from .devices import Device
+from .cases import Case
 
 
 def call_of(case: Case, arrays: Arrays, library: Any = numbabn) -> Callable[[], Any]:
@@ -30,12 +27,3 @@ def call_of(case: Case, arrays: Arrays, library: Any = numbabn) -> Callable[[], 
         "add_relu": lambda: library.batch_norm_forward(x, weight, bias, *running, **fused),
     }
     return calls[case.op]
-
-
-def refusal(dtype: str, device: Device) -> str | None:
-    """Ask the library whether it takes a dtype on a device; return why not."""
-    try:
-        numbabn.batch_stats(device.put(np.zeros((2, 1), DTYPES[dtype])))
-    except TypeError as error:
-        return str(error)
-    return None

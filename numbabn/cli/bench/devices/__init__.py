@@ -4,8 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+import numbabn
+
 from ....backends import cuda_backend
 from ..arrays import Arrays
+from ..cases import DTYPES
 from ..sampling import Call, Clock
 
 NAMES = ("cpu", "cuda")
@@ -31,6 +36,14 @@ class Device(ABC):
 
     clock: Clock
     notes: Notes
+
+    def refusal(self, dtype: str) -> str | None:
+        """Ask the library whether it takes a dtype here; return why not."""
+        try:
+            numbabn.batch_stats(self.put(np.zeros((2, 1), DTYPES[dtype])))
+        except TypeError as error:
+            return str(error)
+        return None
 
     @abstractmethod
     def put(self, values: Any) -> Any:
