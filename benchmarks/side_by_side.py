@@ -70,22 +70,24 @@ def compare(base: Any, head: Any, seconds: float, rng: random.Random) -> dict[st
     }
 
 
-def grid() -> ModuleType:
-    """Give the suite's grid, once asv's runner has imported the suite."""
-    return importlib.import_module("suite.grid")
+def suite(name: str) -> ModuleType:
+    """Give a module of the suite, once asv's runner has imported the suite."""
+    return importlib.import_module(f"suite.{name}")
 
 
 def compile_for(job: tuple[str, Any]) -> None:
     """Let one side do one case, so that numba keeps the kernel."""
     side, case = job
-    grid().call_of(case, grid().arrays_of(case), sys.modules[side])()
+    calls = suite("calls")
+    calls.call_of(case, calls.arrays_of(case), sys.modules[side])()
 
 
 def compared(case: Any, sides: list[str], seconds: float, rng: random.Random) -> dict[str, Any]:
     """Compare both sides' calls of a case, or say why one of them cannot make it."""
-    arrays = grid().arrays_of(case)
+    calls = suite("calls")
+    arrays = calls.arrays_of(case)
     try:
-        base, head = (grid().call_of(case, arrays, sys.modules[side]) for side in sides)
+        base, head = (calls.call_of(case, arrays, sys.modules[side]) for side in sides)
         return compare(base, head, seconds, rng)
     except (AttributeError, TypeError, ValueError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -110,7 +112,8 @@ def main() -> None:
             (each.name, *each._current_params[:-1]): case
             for each, case in zip(benchmarks, cases, strict=True)
         }
-        grid().in_parallel(compile_for, [(side, case) for case in apart.values() for side in sides])
+        jobs = [(side, case) for case in apart.values() for side in sides]
+        suite("parallel").in_parallel(compile_for, jobs)
     else:
         rng = random.Random(request["round"])
         gc.disable()

@@ -1,19 +1,18 @@
 """What CUDA kernels cost by their machine code, compiled for GPUs that need not be here.
 
-Each kernel that moves 16 bytes at a time.
+Each kernel for float32 that moves 16 bytes at a time.
 """
 
+import contextlib
+import importlib
 import os
 from itertools import product
 from typing import NamedTuple
 
-from .grid import in_parallel
-from .yardstick import sass
+from .parallel import in_parallel
 
 VIEWS = ("planes", "rows", "short")
-FUSED = ("forward", "backward")
-ALL = ("statistics", "normalize", "forward", "products", "gradient", "backward")
-WIDTHS = {"float32": 4, "float16": 8}
+LANES = 4  # of float32 in 16 bytes
 GLOBAL = ("LDG", "STG")
 
 
@@ -27,13 +26,27 @@ class Cost(NamedTuple):
     bytes_per_access: float
 
 
+Found = dict[tuple[str, str], Cost | None]
+
+
+def setup_cache() -> Found:
+    """Compile and read all."""
+    os.environ["NUMBA_DISABLE_CUDA"] = "1"  # no driver takes part, where there is one
+    with contextlib.suppress(ImportError):
+        importlib.import_module("numbabn.cuda.compilation")  # here, not in each process
+    jobs = [job for each in (Fused, Parts) for job in product(*each.params)]
+    return dict(zip(jobs, in_parallel(_cost, jobs), strict=True))
+
+
 def _cost(job: tuple[str, str]) -> Cost | None:
     """Compile and read a kernel; None if the commit that is measured has none like it."""
+    from yardstick.tests import sass
+
     try:
         from numbabn.cuda import compilation
 
-        kernel, view, format_name = job[0].split()
-        variant = compilation.Variant(kernel, view, format_name, WIDTHS[format_name])
+        kernel, view = job[0].split()
+        variant = compilation.Variant(kernel, view, "float32", LANES)
         digits = job[1].removeprefix("sm_")
         code = compilation.compiled(variant, (int(digits[:-1]), int(digits[-1])))
         found = sass.read(code.cubin, code.report)
@@ -47,15 +60,6 @@ def _cost(job: tuple[str, str]) -> Cost | None:
         sum(len(loop.instructions) for loop in found.loops),
         round(sum(moved) / 8 / len(moved), 3),
     )
-
-
-Found = dict[tuple[str, str], Cost | None]
-
-
-def _all(kernels: list[str], targets: list[str]) -> Found:
-    os.environ["NUMBA_DISABLE_CUDA"] = "1"  # no driver takes part, where there is one
-    jobs = [*product(kernels, targets)]
-    return dict(zip(jobs, in_parallel(_cost, jobs), strict=True))
 
 
 class _Costs:
@@ -92,22 +96,23 @@ class _Costs:
     track_bytes_per_access.unit = "bytes"
 
 
-class Float32(_Costs):
-    """All kernels."""
+class Fused(_Costs):
+    """Those that do an operation as a whole."""
 
     params = (
-        [f"{kernel} {view} float32" for view in VIEWS for kernel in ALL],
+        [f"{kernel} {view}" for view in VIEWS for kernel in ("forward", "backward")],
         ["sm_80", "sm_90", "sm_100"],
     )
 
-    def setup_cache(self) -> Found:
-        return _all(*self.params)
 
+class Parts(_Costs):
+    """Those that do one step of it."""
 
-class Float16(_Costs):
-    """Those that do an operation as a whole."""
-
-    params = ([f"{kernel} {view} float16" for view in VIEWS for kernel in FUSED], ["sm_90"])
-
-    def setup_cache(self) -> Found:
-        return _all(*self.params)
+    params = (
+        [
+            f"{kernel} {view}"
+            for view in VIEWS
+            for kernel in ("statistics", "normalize", "products", "gradient")
+        ],
+        ["sm_90"],
+    )

@@ -1,26 +1,19 @@
 """What a process waits for before its first result: import, compilation, kernels from disk."""
 
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from .grid import in_parallel
-
-OPS = ["forward", "inference", "backward"]
-IMPORTS = 7
+TIMES = 3
 CALL = """
-import json, sys
+import sys
 from time import perf_counter
 
 import numpy as np
 
 import numbabn
 
-op = sys.argv[1]
 x, out = np.ones((2, 32, 64, 56, 56), np.float32)
 mean, invstd = np.zeros(64), np.ones(64)
 running = mean.astype(x.dtype), invstd.astype(x.dtype)
@@ -30,8 +23,8 @@ calls = {
     "backward": lambda: numbabn.batch_norm_backward(x, x, None, mean, invstd, out=out),
 }
 start = perf_counter()
-calls[op]()
-print(json.dumps(perf_counter() - start))
+calls[sys.argv[1]]()
+print(perf_counter() - start)
 """
 IMPORT = """
 from time import perf_counter
@@ -45,53 +38,43 @@ print(perf_counter() - start)
 """
 
 
-class First(NamedTuple):
-    """Of an operation on float32."""
+def setup_cache() -> dict[str, Any]:
+    from .compilation import compile_kernels
 
-    cold: float  # seconds of a process's first call that finds nothing on disk
-    warm: float  # and of one that finds what the other left there
-    nbytes: int  # that it left
+    return compile_kernels()
 
 
-def seconds(program: str, *args: str, cache: str = "") -> float:
-    """Run a program in a process of its own; give what it prints."""
-    environment = os.environ | ({"NUMBA_CACHE_DIR": cache} if cache else {})
-    done = subprocess.run(
-        [sys.executable, "-c", program, *args], env=environment, stdout=subprocess.PIPE, check=True
+def _seconds(program: str, *args: str) -> float:
+    """Run a program in a process of its own, some times; give the median of what it prints."""
+    command = [sys.executable, "-c", program, *args]
+    return statistics.median(
+        float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        for _ in range(TIMES)
     )
-    return float(done.stdout)
 
 
-def first_calls(op: str) -> First:
-    with tempfile.TemporaryDirectory() as folder:
-        cold = seconds(CALL, op, cache=folder)
-        warm = statistics.median(seconds(CALL, op, cache=folder) for _ in range(3))
-        nbytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    return First(cold, warm, nbytes)
-
-
-class Compilation:
-    """Of the first call of an operation on float32, in a process of its own."""
+class FirstCall:
+    """Of an operation on float32, in a process of its own: kernels compiled, and from disk."""
 
     param_names = ("op",)
-    params = (OPS,)
-    timeout = 600
+    params = (["forward", "inference", "backward"],)
+    unit = "seconds"
 
-    def setup_cache(self) -> dict[str, First]:
-        """Compile two operations at a time: one after the other takes twice as long."""
-        return dict(zip(OPS, in_parallel(first_calls, OPS), strict=True))
+    def track_cold(self, compiled: dict[str, Any], op: str) -> float:
+        return round(compiled["seconds"][op], 2)
 
-    def track_cold(self, found: dict[str, First], op: str) -> float:
-        return round(found[op].cold, 2)
+    def track_warm(self, compiled: dict[str, Any], op: str) -> float:
+        return round(_seconds(CALL, op), 4)
 
-    def track_warm(self, found: dict[str, First], op: str) -> float:
-        return round(found[op].warm, 4)
 
-    def track_cache_size(self, found: dict[str, First], op: str) -> int:
-        return found[op].nbytes
+class Disk:
+    """What kernels take there."""
 
-    track_cold.unit = track_warm.unit = "seconds"
-    track_cache_size.unit = "bytes"
+    unit = "bytes"
+
+    def track_cache_size(self, compiled: dict[str, Any]) -> int:
+        """Of all kernels of all cases."""
+        return compiled["nbytes"]
 
 
 class Import:
@@ -99,5 +82,5 @@ class Import:
 
     unit = "seconds"
 
-    def track_import(self) -> float:
-        return round(statistics.median(seconds(IMPORT) for _ in range(IMPORTS)), 4)
+    def track_import(self, compiled: dict[str, Any]) -> float:
+        return round(_seconds(IMPORT), 4)

@@ -1,18 +1,15 @@
-"""How near a call comes to what memory allows, and how far it leaves NumPy behind.
+"""How near a call comes to what memory allows.
 
-Ratios of medians of samples taken in turns in one process, so that what else the machine does
+A ratio of medians of samples taken in turns in one process, so that what else the machine does
 strikes both alike.
 """
 
 from . import grid
-from .grid import arrays_of, call_of
-from .grid import compile_kernels as setup_cache
-from .yardstick import CPU, Budget, Case, Sampler, Timing, measure, numpy_peer, parse_shape
+from .grid import OPS, Case
 
-__all__ = ["NC", "NCHW", "NHWC", "NumPy", "setup_cache"]
+SAMPLES = 15
 
-SECONDS = 0.3
-TURNS = 7
+Fractions = dict[Case, float]
 
 
 class _Fractions:
@@ -20,42 +17,50 @@ class _Fractions:
 
     unit = "of the limit"
 
-    def track_fraction(self, op: str, dtype: str, shape: str) -> float:
-        result = measure(self.case(op, dtype, shape), Budget(SECONDS), [], CPU())
-        if result.fraction is None:
-            raise RuntimeError(result.check.problem)
-        return round(result.fraction, 4)
+    def setup(self, fractions: Fractions, op: str, dtype: str, shape: str) -> None:
+        if self.case(op, dtype, shape) not in fractions:
+            raise NotImplementedError
+
+    def track_fraction(self, fractions: Fractions, op: str, dtype: str, shape: str) -> float:
+        return fractions[self.case(op, dtype, shape)]
 
 
 class NCHW(_Fractions, grid.NCHW):
     """Channels first."""
 
+    params = (OPS, *grid.NCHW.params[1:])
+
+
+class Float16(_Fractions, grid.Float16):
+    """Channels first, two bytes each."""
+
+    params = (*grid.Float16.params[:2], grid.IMAGES[:1])
+
 
 class NHWC(_Fractions, grid.NHWC):
     """Channels last."""
+
+    params = (OPS, *grid.NHWC.params[1:])
 
 
 class NC(_Fractions, grid.NC):
     """No places."""
 
+    params = (OPS, *grid.NC.params[1:])
 
-class NumPy:
-    """How many times a call's time NumPy takes, done in as few sweeps as it can."""
 
-    param_names = ("op", "case")
-    params = (
-        ["forward", "inference", "backward"],
-        ["nchw 32x256x14x14", "nhwc 32x256x14x14", "nc 4096x1024"],
-    )
-    unit = "times faster"
+def setup_cache() -> Fractions:
+    """Measure all, in one process: each would compile its own copies and triads."""
+    from yardstick.cli.bench.devices.cpu import CPU
+    from yardstick.cli.bench.measurement import Budget, measure
 
-    def track_ratio(self, op: str, case: str) -> float:
-        layout, _, shape = case.partition(" ")
-        case = Case(op, layout, "float32", parse_shape(shape))
-        arrays = arrays_of(case)
-        (numpy,) = numpy_peer.calls_of(case, arrays).values()
-        ours, theirs = (Sampler(call, CPU().clock) for call in (call_of(case, arrays), numpy))
-        for _ in range(TURNS):
-            ours.sample()
-            theirs.sample()
-        return round(Timing.of(theirs.samples).median / Timing.of(ours.samples).median, 4)
+    from .compilation import compile_kernels
+
+    compile_kernels()
+    fractions = {}
+    for layout in (NCHW, Float16, NHWC, NC):
+        for case in layout().cases():
+            result = measure(case, Budget(repeats=SAMPLES), [], CPU())
+            if result.fraction is not None:  # else the commit cannot do it, or not rightly
+                fractions[case] = round(result.fraction, 4)
+    return fractions

@@ -1,0 +1,48 @@
+"""How far a call leaves NumPy behind."""
+
+from itertools import product
+
+from .grid import Case, parse_shape
+
+TURNS = 7
+
+
+class NumPy:
+    """How many times a call's time NumPy takes, done in as few sweeps as it can.
+
+    A ratio of medians of samples taken in turns in one process.
+    """
+
+    param_names = ("op", "case")
+    params = (
+        ["forward", "inference", "backward"],
+        ["nchw 32x256x14x14", "nhwc 32x256x14x14", "nc 4096x1024"],
+    )
+    unit = "times faster"
+
+    def setup_cache(self) -> dict[tuple[str, str], float]:
+        from .compilation import compile_kernels
+
+        compile_kernels()
+        return {each: _ratio(*each) for each in product(*self.params)}
+
+    def track_ratio(self, ratios: dict[tuple[str, str], float], op: str, case: str) -> float:
+        return ratios[op, case]
+
+
+def _ratio(op: str, case: str) -> float:
+    from yardstick.cli.bench.devices.cpu import CPU
+    from yardstick.cli.bench.peers import numpy_peer
+    from yardstick.cli.bench.sampling import Sampler, Timing
+
+    from .calls import arrays_of, call_of
+
+    layout, _, shape = case.partition(" ")
+    of = Case(op, layout, "float32", parse_shape(shape))
+    arrays = arrays_of(of)
+    (numpy,) = numpy_peer.calls_of(of, arrays).values()
+    ours, theirs = (Sampler(call, CPU().clock) for call in (call_of(of, arrays), numpy))
+    for _ in range(TURNS):
+        ours.sample()
+        theirs.sample()
+    return round(Timing.of(theirs.samples).median / Timing.of(ours.samples).median, 4)
