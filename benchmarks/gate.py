@@ -164,6 +164,7 @@ def within(value: float, percent: float) -> bool:
 
 def report(result: dict[str, Any], sides: Sides, threshold: float) -> None:
     """Print what differs, and a line that sums up."""
+    print()  # after asv's last step, which ends no line
     for word in ("slower", "faster"):
         for name, each in result.items():
             if each.get("verdict") == word:

@@ -29,12 +29,10 @@ _OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": Tr
 class _Part(JITCodeLibrary):
     """LLVM's code of a function that kernels alone call: it becomes machine code as part of them.
 
-    By itself it would be optimized and translated, too, once more at each level of calls, which
-    takes half of the time that a kernel needs to compile.
+    By itself it would be translated, too, once more at each level of calls, which takes a third of
+    the time that kernels need to compile. Optimized it is at each level: without that, backward on
+    planes takes 6 to 11% longer.
     """
-
-    def _optimize_final_module(self) -> None:
-        pass
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
