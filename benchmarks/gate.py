@@ -32,7 +32,12 @@ THRESHOLD = 5.0  # %
 SUSPECT = 0.6  # of the threshold
 ROUNDS, SECONDS = 3, 0.1  # of all
 MORE_ROUNDS, MORE_SECONDS = 5, 0.4  # of suspects
-WHERE = "import importlib.util as u; print(*u.find_spec('numbabn').submodule_search_locations)"
+# Prints where the package is installed; isolated (-I), or it would be the working tree's.
+WHERE = (
+    "-I",
+    "-c",
+    "import importlib.util as u; print(*u.find_spec('numbabn').submodule_search_locations)",
+)
 
 
 class GateError(Exception):
@@ -47,9 +52,9 @@ class Sides:
         self.conf.benchmark_dir = str(ROOT / self.conf.benchmark_dir)
         self.repo: Repo = get_repo(self.conf)
         self.repo.pull()
+        self.commits = {"base": self._commit(base), "head": self._commit(head)}
         (self.env, *_) = environment.get_environments(self.conf, None)
         self.env.create()
-        self.commits = {"base": self._commit(base), "head": self._commit(head)}
         self.folders = {side: self._installed(side) for side in self.commits}
 
     def _commit(self, name: str) -> str:
@@ -68,8 +73,7 @@ class Sides:
         if not folder.exists():
             self.env.install_project(self.conf, self.repo, commit)
             partial = folder.with_suffix(".partial")
-            # Isolated (-I): without that Python would find the package of the working tree.
-            shutil.copytree(self.env.run(["-I", "-c", WHERE]).strip(), partial, dirs_exist_ok=True)
+            shutil.copytree(self.env.run([*WHERE]).strip(), partial, dirs_exist_ok=True)
             partial.rename(folder)
         return str(folder.resolve())
 
@@ -186,7 +190,7 @@ def report(result: dict[str, Any], sides: Sides, threshold: float) -> None:
         )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Compare; return 1 if something has become slower, 2 for a wrong use."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", help="the commit that is compared with")
@@ -197,7 +201,7 @@ def main() -> int:
         help="what counts as slower (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all ratios")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.chdir(ROOT)
     log.enable()
     try:

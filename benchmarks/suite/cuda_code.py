@@ -87,7 +87,7 @@ class _Costs:
         return found[kernel, target].instructions
 
     def track_bytes_per_access(self, found: Found, kernel: str, target: str) -> float:
-        """Take the mean over the loads and stores of those loops: 16 for x, less for masks."""
+        """Take the mean over the loads and stores of those loops; less than 16 for edges, masks."""
         return found[kernel, target].bytes_per_access
 
     track_registers.unit = "registers"

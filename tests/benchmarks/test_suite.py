@@ -1,0 +1,79 @@
+"""The benchmarks run, and find what they are there to find."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("asv_runner")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("once.py"), ROOT / "benchmarks" / "suite"],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled"), "NUMBA_DISABLE_CUDA": "1"},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_all_are_found(found):
+    layouts = ["NC", "NCHW", "NHWC"]
+    costs = ["registers", "spills", "shared", "instructions", "bytes_per_access"]
+    assert sorted(found) == sorted(
+        [f"times.{name}.time_call" for name in (*layouts, "Float16", "Small")]
+        + [f"limits.{name}.track_fraction" for name in (*layouts, "Float16")]
+        + [f"gpu.{name}.track_{what}" for name in layouts for what in ("device_time", "fraction")]
+        + [f"cuda_code.{name}.track_{what}" for name in ("Fused", "Parts") for what in costs]
+        + ["memory.Memory.peakmem_baseline", "memory.Memory.peakmem_call"]
+        + ["first_call.FirstCall.track_cold", "first_call.FirstCall.track_warm"]
+        + ["first_call.Disk.track_cache_size", "first_call.Import.track_import"]
+        + ["accuracy.Accuracy.track_error", "against_numpy.NumPy.track_ratio"]
+    )
+
+
+def test_times_and_ratios_are_positive(found):
+    for name, value in found.items():
+        if name.startswith("times."):
+            assert value["samples"][0] > 0
+        if name.startswith(("limits.", "against_numpy.", "first_call.")):
+            assert value > 0
+
+
+def test_a_call_that_compiles_takes_longest(found):
+    warm, cold = (found[f"first_call.FirstCall.track_{how}"] for how in ("warm", "cold"))
+    assert warm < cold / 2
+
+
+def test_errors_are_a_few_units_in_the_last_place(found):
+    assert 0 < found["accuracy.Accuracy.track_error"] < 4
+
+
+def test_memory_is_more_than_the_arrays(found):
+    # x and y of 32x64x56x56 float32, touched before either is measured.
+    baseline, call = (found[f"memory.Memory.peakmem_{what}"] for what in ("baseline", "call"))
+    assert 2 * 4 * 32 * 64 * 56 * 56 < baseline <= call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA's compiler is installed on Linux alone")
+def test_machine_code_is_read(found):
+    for kernel in ("Fused", "Parts"):
+        cost = {what: found[f"cuda_code.{kernel}.track_{what}"] for what in (
+            "registers", "spills", "instructions", "bytes_per_access"
+        )}  # fmt: skip
+        assert 0 < cost["registers"] <= 255
+        assert cost["spills"] == 0
+        assert cost["instructions"] > 0
+        assert 4 <= cost["bytes_per_access"] <= 16
+
+
+def test_without_a_gpu_device_times_are_left_out(found):
+    assert {value for name, value in found.items() if name.startswith("gpu.")} == {None}
