@@ -14,61 +14,32 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-CLONE = ROOT / ".asv" / "experiment"
+from planted import ROOT, Clone
+
+FOLDER = ROOT / ".asv" / "experiment"
 KERNELS = [
     f"{operation}_{view}"
     for operation in ("forward", "normalize", "statistics", "backward")
     for view in ("planes", "rows")
 ]
 SLOWER = 0.1
-COMPILATION = "numbabn/cpu/compilation.py"
-PLANTED = """
-
-def _planted(self: Kernel, plan: Any, *args: Any) -> None:
-    start = time.perf_counter()
-    _call(self, plan, *args)
-    end = time.perf_counter()
-    if self.__name__ == "{kernel}":
-        while time.perf_counter() < end + {slower} * (end - start):
-            pass
 
 
-import time  # noqa: E402
-
-_call = Kernel.__call__
-Kernel.__call__ = _planted
-"""
-
-
-def git(*args: str) -> str:
-    """Run git in the clone."""
-    done = subprocess.run(
-        ["git", *args], cwd=CLONE, check=True, stdout=subprocess.PIPE, encoding="utf-8"
-    )
-    return done.stdout.strip()
-
-
-def plant(kernel: str) -> str:
+def plant(clone: Clone, kernel: str) -> str:
     """Commit a slow-down of one kernel to a branch of its own, whose name is given."""
     branch = f"slower-{kernel}"
-    git("switch", "--quiet", "--force-create", branch, "main")
-    path = CLONE / COMPILATION
-    path.write_text(
-        path.read_text(encoding="utf-8") + PLANTED.format(kernel=kernel, slower=SLOWER),
-        encoding="utf-8",
-    )
-    git("commit", "--quiet", "--all", "--message", f"Let {kernel} take longer")
-    git("switch", "--quiet", "main")
+    clone.git("switch", "--quiet", "--create", branch, "main")
+    clone.plant(kernel, SLOWER)
+    clone.git("switch", "--quiet", "main")
     return branch
 
 
 def gate(head: str) -> dict[str, Any]:
     """Run the gate in the clone; tell what it said and how long that took."""
     start = perf_counter()
-    answer = CLONE / ".asv" / "gate.json"
+    answer = FOLDER / ".asv" / "gate.json"
     command = [sys.executable, "benchmarks/gate.py", "main", head, "--json", str(answer)]
-    done = subprocess.run(command, cwd=CLONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode not in (0, 1):
         raise SystemExit(done.stdout.decode())
     found = json.loads(answer.read_text(encoding="utf-8"))["benchmarks"]
@@ -94,9 +65,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="of each kind (default: %(default)s)")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    if not CLONE.exists():
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(CLONE)], check=True)
-    branches = [plant(kernel) for kernel in KERNELS]
+    clone = Clone(FOLDER)
+    branches = [plant(clone, kernel) for kernel in KERNELS]
     runs: list[dict[str, Any]] = []
     for at in range(args.runs):
         for head in ("main", branches[at % len(branches)]):
