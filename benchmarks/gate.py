@@ -9,6 +9,7 @@ or beyond are compared again, for longer and in more rounds, and what they show 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -40,6 +41,9 @@ WHERE = (
 )
 
 
+Place = tuple[str, int]  # asv's name of a benchmark, and of its parameters the place among all
+
+
 class GateError(Exception):
     """Something that the user can mend."""
 
@@ -52,16 +56,18 @@ class Sides:
         self.conf.benchmark_dir = str(ROOT / self.conf.benchmark_dir)
         self.repo: Repo = get_repo(self.conf)
         self.repo.pull()
-        self.commits = {"base": self._commit(base), "head": self._commit(head)}
+        self.commits = {"base": self._commit("BASE", base), "head": self._commit("HEAD", head)}
         (self.env, *_) = environment.get_environments(self.conf, None)
         self.env.create()
         self.folders = {side: self._installed(side) for side in self.commits}
 
-    def _commit(self, name: str) -> str:
+    def _commit(self, argument: str, name: str) -> str:
         try:
             return str(self.repo.get_hash_from_name(name))
         except NoSuchNameError:
-            raise GateError(f"expected a commit, a branch or a tag, got {name!r}") from None
+            raise GateError(
+                f"{argument}: expected a commit, a branch or a tag, got {name!r}"
+            ) from None
 
     def _installed(self, side: str) -> str:
         """Install a commit; keep the package by itself, as asv's environment has room for one.
@@ -77,29 +83,33 @@ class Sides:
             partial.rename(folder)
         return str(folder.resolve())
 
-    def find(self, pattern: str) -> dict[str, str]:
-        """Find the benchmarks of kernels: asv's identifier of each, and its name as it is shown."""
+    def find(self, pattern: str) -> dict[str, Place]:
+        """Find the benchmarks of kernels, by asv's names with parameters."""
         try:
             found = Benchmarks.discover(
                 self.conf, self.repo, [self.env], [self.commits["head"]], regex=pattern
             )
-        except util.UserError as error:
-            raise GateError(str(error)) from None
-        timed = [each for name, each in found.items() if name.startswith("times.")]
-        if not timed:
-            raise GateError(f"--bench: expected a pattern of benchmarks in times, got {pattern!r}")
-        return {
-            f"{each['name']}-{at}": f"{each['name']}({', '.join(map(eval_name, params))})"
-            for each in timed
-            for at, params in enumerate(product(*each["params"]))
+        except re.error as error:
+            raise GateError(
+                f"--bench: expected a regular expression, got {pattern!r}: {error}"
+            ) from None
+        places = {
+            f"{name}({', '.join(parameters)})": (name, at)
+            for name, each in found.items()
+            if name.startswith("times.")
+            for at, parameters in enumerate(product(*each["params"]))
+            if at in found.benchmark_selection[name]
         }
+        if not places:
+            raise GateError(f"--bench: expected a pattern of benchmarks in times, got {pattern!r}")
+        return places
 
-    def run(self, names: Iterable[str], seconds: float | None, round_: int) -> list[Any]:
+    def run(self, places: Iterable[Place], seconds: float | None, round_: int) -> list[Any]:
         """Compare benchmarks for some seconds each; compile what they call where None are given."""
         request = {
             "suite": self.conf.benchmark_dir,
             "sides": self.folders,
-            "benchmarks": list(names),
+            "benchmarks": list(places),
             "seconds": seconds,
             "round": round_,
         }
@@ -113,25 +123,21 @@ class Sides:
         return answers
 
 
-def eval_name(parameter: str) -> str:
-    """Write a parameter without the quotes that asv keeps it in."""
-    return parameter.strip("'")
-
-
-def decide(sides: Sides, names: dict[str, str], threshold: float) -> dict[str, Any]:
+def decide(sides: Sides, places: dict[str, Place], threshold: float) -> dict[str, Any]:
     """Compare all, then the suspects again; return what was found of each, by name."""
-    log.info(f"Compiling {len(names)} benchmarks' kernels for both commits")
-    sides.run(names, None, 0)
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    log.info(f"Compiling {len(places)} benchmarks' kernels for both commits")
+    sides.run(places.values(), None, 0)
+    found: dict[str, list[Any]] = {name: [] for name in places}
 
     def rounds(names: list[str], count: int, seconds: float, first: int) -> None:
         for at in range(first, first + count):
             log.info(f"Round {at + 1}: {len(names)} benchmarks, {seconds} s each")
-            for name, answer in zip(names, sides.run(names, seconds, at), strict=True):
+            answers = sides.run([places[name] for name in names], seconds, at)
+            for name, answer in zip(names, answers, strict=True):
                 found[name].append(answer)
 
-    rounds([*names], ROUNDS, SECONDS, 0)
-    able = [name for name in names if not any("error" in each for each in found[name])]
+    rounds([*places], ROUNDS, SECONDS, 0)
+    able = [name for name in places if not any("error" in each for each in found[name])]
     limit = 1 + threshold / 100
     suspects = [name for name in able if not within(ratio(found[name]), SUSPECT * threshold)]
     first = {name: found[name] for name in suspects}
@@ -140,13 +146,13 @@ def decide(sides: Sides, names: dict[str, str], threshold: float) -> dict[str, A
         rounds(suspects, MORE_ROUNDS, MORE_SECONDS, ROUNDS)
     result = {}
     for name, answers in found.items():
-        error = next((each["error"] for each in answers if "error" in each), None)
-        if error is not None:
-            result[names[name]] = {"error": error}
+        unable = next((each for each in answers if "error" in each), None)
+        if unable is not None:
+            result[name] = {"verdict": f"not by {unable['side']}", "error": unable["error"]}
             continue
         value = ratio(answers)
         verdict = "slower" if value > limit else "faster" if value < 1 / limit else "same"
-        result[names[name]] = {
+        result[name] = {
             "verdict": verdict,
             "ratio": value,
             "ratios": [each["ratio"] for each in (*first.get(name, ()), *answers)],
@@ -171,16 +177,16 @@ def report(result: dict[str, Any], sides: Sides, threshold: float) -> None:
     print()  # after asv's last step, which ends no line
     for word in ("slower", "faster"):
         for name, each in result.items():
-            if each.get("verdict") == word:
+            if each["verdict"] == word:
                 print(
                     f"{word}  {each['ratio']:.3f}x  {1e6 * each['base']:.1f} us -> "
                     f"{1e6 * each['head']:.1f} us  {name}"
                 )
     for name, each in result.items():
         if "error" in each:
-            print(f"not compared: {name}: {each['error']}")
+            print(f"{each['verdict']}: {name}: {each['error']}")
     ratios = sorted(each["ratio"] for each in result.values() if "ratio" in each)
-    slower = sum(each.get("verdict") == "slower" for each in result.values())
+    slower = sum(each["verdict"] == "slower" for each in result.values())
     base, head = (commit[:8] for commit in sides.commits.values())
     if ratios:
         print(
@@ -191,7 +197,7 @@ def report(result: dict[str, Any], sides: Sides, threshold: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; return 1 if something has become slower, 2 for a wrong use."""
+    """Compare; return 1 if HEAD is slower or unable to do something, 2 if that cannot be told."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", help="the commit that is compared with")
     parser.add_argument("head", metavar="HEAD", nargs="?", default="HEAD")
@@ -207,14 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sides = Sides(args.base, args.head)
         result = decide(sides, sides.find(args.bench), args.threshold)
-    except GateError as error:
-        print(f"gate: {error}", file=sys.stderr)
+    except (GateError, util.UserError, util.ProcessError) as error:
+        print(f"\ngate: {error}", file=sys.stderr)
         return 2
     report(result, sides, args.threshold)
     if args.json:
         document = {"commits": sides.commits, "threshold": args.threshold, "benchmarks": result}
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return int(any(each.get("verdict") == "slower" for each in result.values()))
+    return int(any(each["verdict"] in ("slower", "not by head") for each in result.values()))
 
 
 if __name__ == "__main__":

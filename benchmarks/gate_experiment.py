@@ -38,9 +38,10 @@ def gate(head: str) -> dict[str, Any]:
     """Run the gate in the clone; tell what it said and how long that took."""
     start = perf_counter()
     answer = FOLDER / ".asv" / "gate.json"
+    answer.unlink(missing_ok=True)
     command = [sys.executable, "benchmarks/gate.py", "main", head, "--json", str(answer)]
     done = subprocess.run(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not answer.exists():
         raise SystemExit(done.stdout.decode())
     found = json.loads(answer.read_text(encoding="utf-8"))["benchmarks"]
     return {
@@ -50,7 +51,7 @@ def gate(head: str) -> dict[str, Any]:
         "slower": {
             name: round(each["ratio"], 4)
             for name, each in found.items()
-            if each.get("verdict") == "slower"
+            if each["verdict"] == "slower"
         },
         "largest": round(max(each["ratio"] for each in found.values() if "ratio" in each), 4),
         "median": round(

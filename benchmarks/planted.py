@@ -30,10 +30,12 @@ class Clone:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+        command = ["git", "clone", "--quiet", "--branch", "main", str(ROOT), str(folder)]
+        subprocess.run(command, check=True)
 
     def git(self, *args: str) -> None:
-        subprocess.run(["git", *args], cwd=self.folder, check=True)
+        who = ("-c", "user.name=planted", "-c", "user.email=planted@localhost")
+        subprocess.run(["git", *who, *args], cwd=self.folder, check=True)
 
     def plant(self, kernel: str, slower: float) -> None:
         """Commit a slow-down of a kernel, by a fraction, on top of what is checked out."""

@@ -6,6 +6,7 @@ both versions read and write the same bytes, with the same threads, within milli
 other.
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
@@ -18,8 +19,6 @@ from pathlib import Path
 from time import perf_counter
 from types import ModuleType
 from typing import Any
-
-from asv_runner.discovery import get_benchmark_from_name
 
 SAMPLE = 1e-3  # seconds at least, by as many calls as that takes
 
@@ -71,26 +70,37 @@ def compare(base: Any, head: Any, seconds: float, rng: random.Random) -> dict[st
 
 
 def suite(name: str) -> ModuleType:
-    """Give a module of the suite, once asv's runner has imported the suite."""
+    """Import a module of the suite."""
     return importlib.import_module(f"suite.{name}")
+
+
+def case_of(name: str, at: int) -> Any:
+    """Give the case of a benchmark's parameters, by their place among all of its class."""
+    module, class_name, _ = name.split(".")
+    grid = getattr(suite(module), class_name)()
+    return grid.cases()[at]
 
 
 def compile_for(job: tuple[str, Any]) -> None:
     """Let one side do one case, so that numba keeps the kernel."""
     side, case = job
     calls = suite("calls")
-    calls.call_of(case, calls.arrays_of(case), sys.modules[side])()
+    with contextlib.suppress(*calls.ABSENT):
+        calls.call_of(case, calls.arrays_of(case), sys.modules[side])()
 
 
 def compared(case: Any, sides: list[str], seconds: float, rng: random.Random) -> dict[str, Any]:
-    """Compare both sides' calls of a case, or say why one of them cannot make it."""
+    """Compare both sides' calls of a case, or say which of them cannot make it, and why."""
     calls = suite("calls")
     arrays = calls.arrays_of(case)
-    try:
-        base, head = (calls.call_of(case, arrays, sys.modules[side]) for side in sides)
-        return compare(base, head, seconds, rng)
-    except (AttributeError, TypeError, ValueError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    able = {}
+    for side in sides:
+        able[side] = calls.call_of(case, arrays, sys.modules[side])
+        try:
+            able[side]()
+        except calls.ABSENT as error:
+            return {"side": side, "error": f"{type(error).__name__}: {error}"}
+    return compare(*able.values(), seconds, rng)
 
 
 def main() -> None:
@@ -103,14 +113,14 @@ def main() -> None:
     # Which is loaded first must not matter.
     for side in sorted(sides, reverse=request["round"] % 2):
         load(side, Path(sides[side]))
-    benchmarks = [get_benchmark_from_name(request["suite"], name) for name in request["benchmarks"]]
-    cases = [each.func.__self__.case(*each._current_params) for each in benchmarks]
+    sys.path.insert(0, str(Path(request["suite"]).parent))
+    cases = [case_of(*each) for each in request["benchmarks"]]
     answers: list[Any] = []
     if request["seconds"] is None:
         # Of cases that differ in shape alone, one calls all kernels.
         apart = {
-            (each.name, *each._current_params[:-1]): case
-            for each, case in zip(benchmarks, cases, strict=True)
+            (name, case.op, case.dtype): case
+            for (name, _), case in zip(request["benchmarks"], cases, strict=True)
         }
         jobs = [(side, case) for case in apart.values() for side in sides]
         suite("parallel").in_parallel(compile_for, jobs)

@@ -6,6 +6,8 @@ from .grid import Case, parse_shape
 
 TURNS = 7
 
+Ratios = dict[tuple[str, str], float]
+
 
 class NumPy:
     """How many times a call's time NumPy takes, done in as few sweeps as it can.
@@ -20,13 +22,17 @@ class NumPy:
     )
     unit = "times faster"
 
-    def setup_cache(self) -> dict[tuple[str, str], float]:
+    def setup_cache(self) -> Ratios:
         from .compilation import compile_kernels
 
-        compile_kernels()
-        return {each: _ratio(*each) for each in product(*self.params)}
+        able = compile_kernels()["seconds"]
+        return {each: _ratio(*each) for each in product(*self.params) if each[0] in able}
 
-    def track_ratio(self, ratios: dict[tuple[str, str], float], op: str, case: str) -> float:
+    def setup(self, ratios: Ratios, op: str, case: str) -> None:
+        if (op, case) not in ratios:
+            raise NotImplementedError
+
+    def track_ratio(self, ratios: Ratios, op: str, case: str) -> float:
         return ratios[op, case]
 
 

@@ -10,7 +10,8 @@ from yardstick.cli.bench.cases import Case
 
 import numbabn
 
-ABSENT = (AttributeError, TypeError)  # raised by a commit that lacks an operation, or an option
+# Raised by a commit that lacks an operation, an option or a dtype.
+ABSENT = (AttributeError, TypeError, ValueError)
 LIKE = {"statistics": "inference", "eval_backward": "backward"}  # whose arrays they take
 
 

@@ -1,16 +1,13 @@
 """Kernels, compiled once for each commit, before anything is measured."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
 
 from yardstick.cli.bench.cases import Case
 
-import numbabn
-
+from . import COMPILED
 from .calls import ABSENT, arrays_of, call_of
 from .grid import NCHW, NHWC, Float16, Grid, Small
 from .parallel import in_parallel
@@ -21,26 +18,31 @@ OPS = ("backward", "forward", "inference", "statistics")
 
 
 class Compiled(TypedDict):
-    """What it took: seconds of the first call of each op on NCHW, and bytes of all kernels."""
+    """What it took: seconds of the first call of each op on NCHW, and bytes of all kernels.
 
-    seconds: dict[str, float | None]
+    Seconds are those of a process for each, as many at a time as there are cores; ops that the
+    commit lacks are left out.
+    """
+
+    seconds: dict[str, float]
     nbytes: int
 
 
 def compile_kernels() -> Compiled:
     """Compile what all cases call, as a first call does; tell what that took, then or before."""
-    folder = Path(os.environ["NUMBA_CACHE_DIR"])
-    record = folder / "compiled.json"
-    # Whoever installs a commit anew finds no kernel that fits.
-    if not record.exists() or record.stat().st_mtime < Path(numbabn.__file__).stat().st_mtime:
-        shutil.rmtree(folder, ignore_errors=True)
+    record = COMPILED / "compiled.json"
+    if not record.exists():
+        shutil.rmtree(COMPILED, ignore_errors=True)  # left by a run that was ended meanwhile
+        COMPILED.mkdir(parents=True)
         first = _cases(NCHW)
         # Those that were compiled in the same process before would save some of the time.
         seconds = in_parallel(_first_call, first, fresh=True)
         in_parallel(_first_call, _cases(NHWC, Float16, Small))
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        files = [path for path in COMPILED.rglob("*") if path.is_file()]
         compiled: Compiled = {
-            "seconds": {case.op: each for case, each in zip(first, seconds, strict=True)},
+            "seconds": {
+                case.op: each for case, each in zip(first, seconds, strict=True) if each is not None
+            },
             "nbytes": sum(path.stat().st_size for path in files),
         }
         record.write_text(json.dumps(compiled), encoding="utf-8")

@@ -60,6 +60,10 @@ class FirstCall:
     params = (["forward", "inference", "backward"],)
     unit = "seconds"
 
+    def setup(self, compiled: dict[str, Any], op: str) -> None:
+        if op not in compiled["seconds"]:
+            raise NotImplementedError
+
     def track_cold(self, compiled: dict[str, Any], op: str) -> float:
         return round(compiled["seconds"][op], 2)
 

@@ -1,17 +1,21 @@
 """The gate: what it makes of ratios, how they are taken, what it says of a wrong use."""
 
 import importlib.util
+import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 
 import numbabn
+from numbabn.cpu import compilation, planes, rows
 
+asv = pytest.importorskip("asv")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytest.importorskip("asv")
 
 
 def script(name):
@@ -48,15 +52,15 @@ class Sides:
         return [self.answer(self.looks[name], 0 if first else 1, round_) for name in names]
 
     def answer(self, looks, at, round_):
-        if isinstance(looks, str):
-            return {"error": looks}
+        if isinstance(looks, tuple):
+            return dict(zip(("side", "error"), looks, strict=True))
         ratio = looks[at][round_ % len(looks[at])]
         return {"ratio": ratio, "base": 1e-3, "head": 1e-3 * ratio}
 
 
 def decided(gate, looks, threshold=5.0):
     sides = Sides(gate, looks)
-    return gate.decide(sides, {name: name.upper() for name in looks}, threshold), sides
+    return gate.decide(sides, {name.upper(): name for name in looks}, threshold), sides
 
 
 def test_what_a_second_look_shows_decides(gate):
@@ -84,16 +88,70 @@ def test_a_threshold_is_in_percent(gate):
 
 
 def test_a_report_names_what_is_slower_and_what_could_not_be_compared(gate, capsys):
-    looks = {"a": [[1.1], [1.1]], "b": "TypeError: unexpected 'residual'", "c": [[1.0]]}
+    looks = {"a": [[1.1], [1.1]], "b": ("base", "TypeError: no residual"), "c": [[1.0]]}
     found, sides = decided(gate, looks)
     gate.report(found, sides, 5.0)
     assert capsys.readouterr().out.splitlines() == [
         "",
         "slower  1.100x  1000.0 us -> 1100.0 us  A",
-        "not compared: B: TypeError: unexpected 'residual'",
+        "not by base: B: TypeError: no residual",
         "hhhhhhhh against bbbbbbbb: 1 of 2 benchmarks slower by more than 5%; "
         "ratios 1.000 to 1.100, median 1.050",
     ]
+
+
+@pytest.mark.parametrize(("looks", "status"), [
+    ({"a": [[1.0]]}, 0),
+    ({"a": [[1.1], [1.1]]}, 1),
+    ({"a": [[0.8], [0.8]]}, 0),
+    ({"a": [[1.0]], "b": ("base", "TypeError: no residual")}, 0),
+    ({"a": [[1.0]], "b": ("head", "TypeError: no residual")}, 1),
+])  # fmt: skip
+def test_exit_status(looks, status, gate, monkeypatch, tmp_path):
+    sides = Sides(gate, looks)
+    sides.find = lambda pattern: {name: name for name in looks}
+    monkeypatch.setattr(gate, "Sides", lambda base, head: sides)
+    answer = tmp_path / "answer.json"
+    assert gate.main(["main", "--json", str(answer)]) == status
+    assert set(json.loads(answer.read_text())["benchmarks"]) == set(looks)
+
+
+def test_a_build_that_fails_is_no_slow_down(gate, monkeypatch, capsys):
+    def fails(base, head):
+        raise asv.util.ProcessError(["pip", "wheel"], 1, "", "no such backend")
+
+    monkeypatch.setattr(gate, "Sides", fails)
+    assert gate.main(["main"]) == 2
+    assert "gate: Command 'pip wheel' returned non-zero exit status 1" in capsys.readouterr().err
+
+
+def test_two_versions_of_which_one_lacks_an_operation(tmp_path):
+    package = Path(numbabn.__file__).parent
+    for side in ("base", "head"):
+        shutil.copytree(package, tmp_path / side, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "head" / "__init__.py").open("a") as file:
+        file.write("\ndel batch_stats\n")
+    names = [("times.Small.time_call", 0), ("times.NC.time_call", 4)]  # inference, statistics
+    request = {
+        "suite": str(BENCHMARKS / "suite"),
+        "sides": {side: str(tmp_path / side) for side in ("base", "head")},
+        "benchmarks": names,
+        "round": 0,
+    }
+
+    def answers(seconds):
+        file = tmp_path / "request.json"
+        file.write_text(json.dumps(request | {"seconds": seconds}))
+        command = [sys.executable, BENCHMARKS / "side_by_side.py", file]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
+
+    assert answers(None) == []
+    assert list(tmp_path.rglob("base/**/*.nbi"))
+    inference, statistics = answers(0.05)
+    assert inference["ratio"] > 0
+    message = "AttributeError: module 'head' has no attribute 'batch_stats'"
+    assert statistics == {"side": "head", "error": message}
 
 
 def test_a_ratio_is_the_median_over_turns(side_by_side, monkeypatch):
@@ -136,5 +194,45 @@ def test_the_installed_package_is_compared_not_the_working_trees(gate, tmp_path)
 def test_an_unknown_commit(gate, capsys, monkeypatch):
     monkeypatch.chdir(BENCHMARKS)
     assert gate.main(["no-such-commit"]) == 2
-    message = "gate: expected a commit, a branch or a tag, got 'no-such-commit'\n"
-    assert capsys.readouterr().err == message
+    message = "gate: BASE: expected a commit, a branch or a tag, got 'no-such-commit'"
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_kernels_of_the_experiment_are_there(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = {
+        each.__name__
+        for view in (planes, rows)
+        for each in vars(view).values()
+        if isinstance(each, compilation.Kernel)
+    }
+    assert set(script("gate_experiment").KERNELS) == names
+
+
+def test_a_planted_commit_imports_and_slows_its_kernel_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    planted = script("planted")
+    source = Path(compilation.__file__).read_text() + planted.PLANTED.format(
+        kernel="forward_planes", slower=0.5
+    )
+    now = 0.0
+    module = ModuleType("numbabn.cpu.planted")
+    module.__package__ = "numbabn.cpu"
+    module.__file__ = compilation.__file__
+    exec(compile(source, "planted.py", "exec"), vars(module))
+
+    def tick():
+        nonlocal now
+        now += 1
+        return now
+
+    def spent(name):
+        function = FunctionType((lambda: None).__code__, {}, name)
+        before = now
+        module.Kernel(function)(None)
+        return now - before
+
+    monkeypatch.setattr(module, "_call", lambda self, plan: [tick() for _ in range(8)])
+    monkeypatch.setattr(module.time, "perf_counter", tick)
+    assert spent("forward_rows") == 10
+    assert spent("forward_planes") > 13

@@ -2,27 +2,38 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import sass
 
 ROOT = Path(__file__).parents[2]
+SUITE = ROOT / "benchmarks" / "suite"
 pytest.importorskip("asv_runner")
+if not hasattr(os, "fork"):
+    pytest.skip("kernels are compiled in forks", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
+def run_once(folder, *lacking):
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("once.py"), ROOT / "benchmarks" / "suite"],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled"), "NUMBA_DISABLE_CUDA": "1"},
+        [sys.executable, Path(__file__).with_name("once.py"), SUITE, *lacking],
+        env=os.environ
+        | {"ASV_ENV_DIR": str(folder), "ASV_COMMIT": "some", "NUMBA_DISABLE_CUDA": "1"},
         cwd=folder,
         stdout=subprocess.PIPE,
         check=True,
     )
+    assert (folder / "compiled" / "some" / "compiled.json").exists()
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_once(tmp_path_factory.mktemp("suite"))
 
 
 def test_all_are_found(found):
@@ -63,7 +74,10 @@ def test_memory_is_more_than_the_arrays(found):
     assert 2 * 4 * 32 * 64 * 56 * 56 < baseline <= call
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CUDA's compiler is installed on Linux alone")
+@pytest.mark.skipif(
+    find_spec("numba_cuda") is None or sass.disassembler() is None,
+    reason="no compiler for CUDA, or no disassembler",
+)
 def test_machine_code_is_read(found):
     for kernel in ("Fused", "Parts"):
         cost = {what: found[f"cuda_code.{kernel}.track_{what}"] for what in (
@@ -77,3 +91,21 @@ def test_machine_code_is_read(found):
 
 def test_without_a_gpu_device_times_are_left_out(found):
     assert {value for name, value in found.items() if name.startswith("gpu.")} == {None}
+
+
+def test_of_an_operation_that_a_commit_lacks_nothing_is_measured(tmp_path):
+    found = run_once(tmp_path, "batch_norm_inference")
+    assert {name.split(".")[0] for name, value in found.items() if value is not None} <= {
+        "cuda_code", "first_call"
+    }  # fmt: skip
+    assert found["first_call.FirstCall.track_warm"] is None
+    assert found["first_call.Import.track_import"] > 0
+
+
+def test_gains_are_no_regressions(found):
+    # asv takes what rises for a loss.
+    conf = json.loads((ROOT / "asv.conf.json").read_text())
+    (pattern,) = (name for name, commit in conf["regressions_first_commits"].items() if not commit)
+    gains = {name for name in found if re.match(pattern, name)}
+    assert {name.rpartition("_")[2] for name in gains} == {"access", "fraction", "ratio"}
+    assert not any(name.startswith(("times.", "accuracy.", "memory.")) for name in gains)
