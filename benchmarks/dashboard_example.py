@@ -20,7 +20,7 @@ def main() -> None:
     clone.plant("forward_planes", SLOWER)
     clone.git("commit", "--quiet", "--allow-empty", "--message", "Leave it so")
     for command in (
-        ["run", "--bench", BENCHMARKS, "main~3..main"],
+        ["run", "--launch-method", "forkserver", "--bench", BENCHMARKS, "main~3..main"],
         ["publish"],
     ):
         subprocess.run(["asv", *command], cwd=FOLDER, check=True)
