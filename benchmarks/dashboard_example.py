@@ -7,6 +7,7 @@ dashboard is written; asv's page of regressions must list the step.
 
 import shutil
 import subprocess
+import sys
 
 from planted import ROOT, Clone
 
@@ -28,7 +29,7 @@ def main() -> None:
         ["run", "--launch-method", "forkserver", "--bench", r"times\.NCHW", commits],
         ["publish"],
     ):
-        subprocess.run(["asv", *command], cwd=FOLDER, check=True)
+        subprocess.run([sys.executable, "-m", "asv", *command], cwd=FOLDER, check=True)
     print(f"asv preview in {FOLDER}")
 
 
