@@ -1,8 +1,8 @@
 """Show a planted slow-down on a dashboard: ``python benchmarks/dashboard_example.py``.
 
 In a clone of this repository three commits follow main, from the first of which on forward on
-planes takes half as long again. They and as many before them are measured against the reference, and
-the clone's dashboard is written; asv's page of regressions must list the step.
+planes takes half as long again. They and as many before them are measured against the reference,
+and the clone's dashboard is written; asv's page of regressions must list the step.
 """
 
 import shutil

@@ -53,7 +53,8 @@ def _ratio(op: str, case: str) -> float:
     ours, theirs = (Sampler(call, CPU().clock) for call in (call_of(of, arrays), numpy))
     for _ in range(TURNS):
         theirs.sample()
-        sleep(PAUSE)  # the threads of NumPy's BLAS spin for more work: ours took up to 12 times as long
+        # Its BLAS's threads spin for more work; beside them a call took up to 10 times as long.
+        sleep(PAUSE)
         for _ in range(OWN_PER_TURN):
             ours.sample()
     return round(Timing.of(theirs.samples).median / Timing.of(ours.samples).median, 4)

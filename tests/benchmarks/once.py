@@ -5,13 +5,12 @@ that numbabn then lacks.
 """
 
 import contextlib
+import importlib
 import json
 import sys
 
 from asv_runner._aux import update_sys_path
 from asv_runner.discovery import disc_benchmarks, disc_modules, get_benchmark_from_name
-
-import numbabn
 
 ONCE = {"number": 1, "repeat": 1, "rounds": 1, "warmup_time": 0}
 
@@ -30,9 +29,10 @@ def result(root, name, caches):
 
 
 def main(root, *lacking):
-    for name in lacking:
-        delattr(numbabn, name)
     update_sys_path(root)
+    importlib.import_module("suite")  # first, as it says where numba keeps kernels
+    for name in lacking:
+        delattr(importlib.import_module("numbabn"), name)
     with contextlib.redirect_stdout(sys.stderr):
         names = [benchmark.name for benchmark in disc_benchmarks(root)]
         for module in disc_modules("suite"):

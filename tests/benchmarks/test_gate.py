@@ -31,8 +31,8 @@ def gate():
 
 
 @pytest.fixture(scope="module")
-def side_by_side():
-    return script("side_by_side")
+def turns():
+    return script("suite/turns")
 
 
 class Sides:
@@ -154,7 +154,7 @@ def test_two_versions_of_which_one_lacks_an_operation(tmp_path):
     assert statistics == {"side": "head", "error": message}
 
 
-def test_a_ratio_is_the_median_over_turns(side_by_side, monkeypatch):
+def test_a_ratio_is_the_median_over_turns(turns, monkeypatch):
     now = 0.0
 
     def lasting(seconds):
@@ -168,14 +168,14 @@ def test_a_ratio_is_the_median_over_turns(side_by_side, monkeypatch):
         while True:
             yield from [seconds] * 9 + [3 * seconds]
 
-    monkeypatch.setattr(side_by_side, "perf_counter", lambda: now)
+    monkeypatch.setattr(turns, "perf_counter", lambda: now)
     base, head = (lasting(disturbed(seconds)) for seconds in (1e-3, 1.1e-3))
-    found = side_by_side.compare(base, head, 0.5, random.Random(0))
+    found = turns.compare(base, head, 0.5, random.Random(0))
     assert found == pytest.approx({"ratio": 1.1, "base": 1e-3, "head": 1.1e-3})
 
 
-def test_a_version_is_loaded_under_a_name_of_its_own(side_by_side):
-    other = side_by_side.load("another_numbabn", Path(numbabn.__file__).parent)
+def test_a_version_is_loaded_under_a_name_of_its_own(turns):
+    other = turns.load("another_numbabn", Path(numbabn.__file__).parent)
     assert other is not numbabn
     assert other.functional.__name__ == "another_numbabn.functional"
     assert other.batch_norm_forward is not numbabn.batch_norm_forward

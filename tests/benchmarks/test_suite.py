@@ -32,8 +32,13 @@ def run_once(folder, *lacking):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_once(tmp_path_factory.mktemp("suite"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("suite")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return run_once(folder)
 
 
 def test_all_are_found(found):
@@ -48,6 +53,7 @@ def test_all_are_found(found):
         + ["first_call.FirstCall.track_cold", "first_call.FirstCall.track_warm"]
         + ["first_call.Disk.track_cache_size", "first_call.Import.track_import"]
         + ["accuracy.Accuracy.track_error", "against_numpy.NumPy.track_ratio"]
+        + ["against_reference.Reference.track_time"]
     )
 
 
@@ -57,6 +63,23 @@ def test_times_and_ratios_are_positive(found):
             assert value["samples"][0] > 0
         if name.startswith(("limits.", "against_numpy.", "first_call.")):
             assert value > 0
+
+
+def test_the_references_kernels_are_kept_apart(folder, found):
+    (reference,) = re.findall(
+        '^REFERENCE = "(.+)"', (SUITE / "against_reference.py").read_text(), re.M
+    )
+    command = ["git", "cat-file", "-e", reference]
+    if subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("the history here does not go back to the reference")
+    assert found["against_reference.Reference.track_time"] > 0
+    kept = ROOT / ".asv" / "reference" / reference
+    assert (kept / "numbabn" / "__init__.py").exists()
+    assert [*kept.glob("kernels/**/*.nbi")]
+    # Nothing was added to what the commit's own kernels took.
+    compiled = folder / "compiled" / "some"
+    recorded = json.loads((compiled / "compiled.json").read_text())["nbytes"]
+    assert sum(path.stat().st_size for path in compiled.rglob("*.nb?")) == recorded > 0
 
 
 def test_a_call_that_compiles_takes_longest(found):
