@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # Channels; rows shorter than this do not pay for a loop each, and run as planes whose places are
 # gathered into tiles: 6 times as fast or more at 3 channels, on a busy machine.
 NARROW_ROW = 16
@@ -83,21 +85,67 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> Steps:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _groups(shape: tuple[int, ...], axis: int, steps: tuple[Steps, ...]) -> list[list[int]]:
-    """Axes, other than the channel, put together where every array crosses them with one step.
+def see(shape: Any, axis: int, steps: Any) -> tuple[bool, bool, int, int, int, bool, Any]:
+    """Find the view of arrays of one shape; numba compiles this, too.
 
-    The first array's steps say which axis is outermost; those that it broadcasts come first.
+    Axes other than the channel are put together where every array crosses them with one step. The
+    first array's steps say which is outermost; those that it broadcasts come first.
+
+    Parameters
+    ----------
+    shape : tuple
+        Sizes of the axes.
+    axis : int
+        The channel's, not negative.
+    steps : ndarray of int64, [arrays, axes]
+        Elements from one index to the next.
+
+    Returns
+    -------
+    tuple
+        Whether there is a view; whether it is rows; N, C, S; whether in every array planes, or
+        rows, lie in order and without a gap; and dn, dc, ds of each array, [arrays, 3].
     """
     lead = steps[0]
-    axes = [i for i in range(len(shape)) if i != axis and shape[i] != 1]
-    axes.sort(key=lambda i: -abs(lead[i]) if lead[i] else -math.inf)
-    groups: list[list[int]] = []
-    for i in axes:
-        if groups and all(s[groups[-1][-1]] == shape[i] * s[i] for s in steps):
-            groups[-1].append(i)
+    order = np.empty(len(shape), np.int64)
+    count = 0
+    for i in range(len(shape)):
+        if i != axis and shape[i] != 1:
+            k = count
+            while k and lead[order[k - 1]] and not 0 < abs(lead[i]) <= abs(lead[order[k - 1]]):
+                order[k] = order[k - 1]
+                k -= 1
+            order[k] = i
+            count += 1
+
+    fits = True
+    outer, inner, N, S = -1, -1, 1, 1  # the last axis of each group, and their sizes
+    for k in range(count):
+        i = order[k]
+        joined = inner >= 0
+        for a in range(len(steps)):
+            joined = joined and steps[a, inner] == shape[i] * steps[a, i]
+        if joined:
+            S *= shape[i]
         else:
-            groups.append([i])
-    return groups
+            fits = fits and outer < 0
+            outer, N, S = inner, S, shape[i]
+        inner = i
+
+    C = shape[axis]
+    rows = inner < 0 or (C >= NARROW_ROW and abs(lead[inner]) >= abs(lead[axis]))
+    # More than one n of rows would have been joined with the rest, were there no gap.
+    adjoining = N == 1 or not rows
+    each = np.zeros((len(steps), 3), np.int64)
+    for a in range(len(steps)):
+        if outer >= 0:
+            each[a, 0] = steps[a, outer]
+        if inner >= 0:
+            each[a, 2] = steps[a, inner]
+        each[a, 1] = steps[a, axis]
+        dc, ds = (1, C) if rows else (S, 1)
+        adjoining = adjoining and each[a, 1] == dc and each[a, 2] == ds
+    return fits, rows, N, C, S, adjoining, each
 
 
 @lru_cache(maxsize=1024)
@@ -107,28 +155,14 @@ def _plan(
     """Sizes and steps for all arrays; None if no view fits them all."""
     if any(stride % itemsize for each in strides for stride in each):
         return None
-    steps = tuple(tuple(stride // itemsize for stride in each) for each in strides)
+    steps = [[stride // itemsize for stride in each] for each in strides]
     if masked:
-        steps = (*steps, contiguous_strides(shape, 1))
-    groups = _groups(shape, axis, steps)
-    if len(groups) > 2:
+        steps.append([*contiguous_strides(shape, 1)])
+    fits, rows, N, C, S, adjoining, each = see(shape, axis, np.array(steps, np.int64))
+    if not fits:
         return None
-    outer, inner = ([], [], *groups)[-2:]
-    kind = "rows"
-    if inner and (shape[axis] < NARROW_ROW or abs(steps[0][inner[-1]]) < abs(steps[0][axis])):
-        kind = "planes"
-    N = math.prod(shape[i] for i in outer)
-    S = math.prod(shape[i] for i in inner)
-    C = shape[axis]
-    each = tuple(
-        (s[outer[-1]] if outer else 0, s[axis], s[inner[-1]] if inner else 0) for s in steps
-    )
-    if kind == "planes":
-        adjoining = all((dc, ds) == (S, 1) for _, dc, ds in each)
-    else:
-        # More than one n would have been joined with the rest, were there no gap.
-        adjoining = N == 1 and all((dc, ds) == (1, C) for _, dc, ds in each)
-    return Plan(kind, (N, C, S), adjoining, each)
+    views = tuple((dn, dc, ds) for dn, dc, ds in each.tolist())
+    return Plan("rows" if rows else "planes", (N, C, S), bool(adjoining), views)
 
 
 def arrange(

@@ -194,6 +194,102 @@ def _unbox_numbers(kind, thing, c):
     return _unboxed(c, kind, thing, fill)
 
 
+_NUMBERS = {types.float32: _FLOAT32_NUM, types.float64: _FLOAT64_NUM}
+
+
+def _array(context, builder, kind, value):
+    return context.make_array(kind)(context, builder, value=value)
+
+
+@intrinsic
+def strided(typing_context, array, like):
+    """See a compiled function's array, or None, as a view of what is like `like`; steps follow.
+
+    What the view points at lives no longer than the array.
+    """
+    view = Strided(like.dtype)
+
+    def codegen(context, builder, signature, args):
+        struct = cgutils.create_struct_proxy(view)(context, builder)
+        struct.dn = struct.dc = struct.ds = ir.Constant(_I64, 0)
+        data = ir.Constant(struct.data.type, None)
+        if array != types.none:
+            data = builder.bitcast(_array(context, builder, array, args[0]).data, data.type)
+        struct.data = data
+        return struct._getvalue()
+
+    return view(array, like), codegen
+
+
+@intrinsic
+def itemsize_of(typing_context, view):
+    """Give the bytes of an element."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(_I64, view.dtype.bitwidth // 8)
+
+    return types.intp(view), codegen
+
+
+@intrinsic
+def stepping(typing_context, view, steps, k):
+    """Give a view with dn, dc and ds from row `k` of an array of steps."""
+
+    def codegen(context, builder, signature, args):
+        struct = cgutils.create_struct_proxy(view)(context, builder, value=args[0])
+        table = _array(context, builder, steps, args[1]).data
+        first = builder.mul(args[2], ir.Constant(_I64, 3))
+        for column, name in enumerate(("dn", "dc", "ds")):
+            at = builder.gep(table, [builder.add(first, ir.Constant(_I64, column))])
+            setattr(struct, name, builder.load(at))
+        return struct._getvalue()
+
+    return view(view, steps, types.intp), codegen
+
+
+@intrinsic
+def numbers_of(typing_context, array):
+    """See a compiled function's array of one number per channel, or None, as `Numbers`."""
+
+    def codegen(context, builder, signature, args):
+        struct = cgutils.create_struct_proxy(numbers)(context, builder)
+        if array == types.none:
+            return ir.Constant(struct._getvalue().type, None)
+        given = _array(context, builder, array, args[0])
+        struct.data = builder.bitcast(given.data, _BYTE.as_pointer())
+        struct.step = builder.extract_value(given.strides, 0)
+        struct.dtype = ir.Constant(_I32, _NUMBERS[array.dtype])
+        return struct._getvalue()
+
+    return numbers(array), codegen
+
+
+def _rooming(dtype_like):
+    @intrinsic
+    def room(typing_context, buffer, start, size, like):
+        view = Strided(dtype_like(like.dtype))
+
+        def codegen(context, builder, signature, args):
+            struct = cgutils.create_struct_proxy(view)(context, builder)
+            at = builder.gep(_array(context, builder, buffer, args[0]).data, [args[1]])
+            nothing = ir.Constant(struct.data.type, None)
+            empty = builder.icmp_signed("==", args[2], ir.Constant(_I64, 0))
+            struct.data = builder.select(empty, nothing, builder.bitcast(at, nothing.type))
+            struct.dn = struct.dc = struct.ds = ir.Constant(_I64, 0)
+            return struct._getvalue()
+
+        return view(buffer, types.intp, types.intp, like), codegen
+
+    return room
+
+
+# Parts of a compiled function's buffer, from a byte on, for what another view holds; as it is
+# computed with; and for float64. None where they have no elements.
+room = _rooming(lambda dtype: dtype)
+room_computed = _rooming(computed_type)
+room_wide = _rooming(lambda dtype: types.float64)
+
+
 @intrinsic
 def displaced(typing_context, view, n):
     """Give the view that starts at element (n, 0, 0); None stays None."""

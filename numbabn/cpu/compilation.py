@@ -16,6 +16,7 @@ from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import typeof_impl
 
 from . import arguments
 
@@ -72,7 +73,8 @@ inlined: Callable[[Callable[..., Any]], Any] = njit(**_INNER, forceinline=True)
 def _source_stamp() -> str:
     """Digest every file whose code ends up inside a compiled kernel."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in (*sorted(here.glob("*.py")), here.parent / "layout.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -193,6 +195,26 @@ class Kernel:
                 _reentrant = numba.threading_layer() != "workqueue"
 
 
+class Native:
+    """What compiled functions call; compiled for each dtype, and kept, as kernels are."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self._function = function
+
+    @cached_property
+    def serial(self) -> Any:
+        return _compile(self._function, "native")
+
+
+@typeof_impl.register(Kernel)
+@typeof_impl.register(Native)
+def _type_of(function: Kernel | Native, context: Any) -> Any:
+    """Let compiled functions call either: the serial one, as they may be on one of many threads."""
+    return numba.types.Dispatcher(function.serial)
+
+
 def threads_for(nbytes: int) -> int:
     """Choose how many threads move so many bytes."""
     if nbytes < PARALLEL_BYTES or _threadless:
@@ -203,6 +225,11 @@ def threads_for(nbytes: int) -> int:
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate a loop over threads; see `Kernel`."""
     return lambda function: Kernel(function, *kinds)
+
+
+def native(function: Callable[..., Any]) -> Native:
+    """Decorate what compiled functions call; see `Native`."""
+    return Native(function)
 
 
 def cache_folder(of: Kernel) -> str | None:

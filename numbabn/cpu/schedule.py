@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from numba.extending import register_jitable
 
 from ..layout import Layout, View
 from . import planes, rows
@@ -29,7 +30,8 @@ STORED = {
     np.dtype(ml_dtypes.bfloat16): "int16",
 }
 _SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
-_SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
+SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
+PIPED = ("forward", "backward")
 POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call ...
 PLANS = 256  # ... and plans
 
@@ -55,7 +57,7 @@ class Plan(NamedTuple):
     shape: Shape
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """A shape, and elements per thread, or in all, of each part of the memory."""
 
     shape: Shape
@@ -66,19 +68,23 @@ class _Cut(NamedTuple):
     partials: int
 
 
-def _cut_planes(
-    operation: str, N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int
-) -> _Cut:
-    summed = _SUMMED[operation]
+# numba compiles these, too. `summed`: how many inputs are summed; `piped`: whether one block is
+# written while the next is summed; `l2`, `l3`: bytes of the caches.
+
+
+def cut_planes(
+    N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int,
+    summed: int, piped: bool, l2: int, l3: int,
+) -> Cut:  # fmt: skip
+    """Cut planes."""
     channel = N * S * itemsize * summed
-    fits = cache_bytes(3) // 2
-    streaming = N * C * S * itemsize > cache_bytes(3) // 4
+    streaming = N * C * S * itemsize > l3 // 4
     adjoining = adjoining and S >= LANES
     # A thread's own channels must be many, or one of them has less to do than another.
-    together = threads > 1 and (4 * threads > C or channel * threads > fits)
+    together = threads > 1 and (4 * threads > C or channel * threads > l3 // 2)
     group = min(-(-planes.PLANE_GROUP // S), -(-C // (4 * threads))) if adjoining else 1
     block = group
-    if operation in ("statistics", "normalize") or (together and channel > fits):
+    if not piped or (together and channel > l3 // 2):
         together, block = True, C
     tile, cuts, piece, pieces = planes.tiling(N, S)
     if together and block < C:
@@ -90,18 +96,20 @@ def _cut_planes(
         ahead, row,
     )  # fmt: skip
     slab = -(-block // group) * N * row * summed
-    if not _pays(slab * itemsize, shape):
+    if not _pays(slab * itemsize, shape, l2, l3):
         slab = 0
-    return _Cut(
+    return Cut(
         shape, slab, 4 * planes.SPARE, group * SUMS,
         (block + 1) * CONSTANTS + LANES, block * pieces * planes.PARTIAL,
     )  # fmt: skip
 
 
-def _cut_rows(
-    operation: str, N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int
-) -> _Cut:
-    streaming = N * C * S * itemsize > cache_bytes(3) // 4
+def cut_rows(
+    N: int, C: int, S: int, adjoining: bool, itemsize: int, threads: int,
+    summed: int, piped: bool, l2: int, l3: int,
+) -> Cut:  # fmt: skip
+    """Cut rows."""
+    streaming = N * C * S * itemsize > l3 // 4
     piece, pieces = rows.tiling(N * S)
     # Threads take pieces of whole rows, or blocks of columns where the pieces are too few.
     blocks = -(-2 * threads // pieces) if threads > 1 else 1
@@ -113,22 +121,40 @@ def _cut_rows(
         N, C, S, block, group, True, threads, streaming, adjoining,
         rows.ROW_TILE, 0, piece, pieces, ahead, 0,
     )  # fmt: skip
-    return _Cut(
+    return Cut(
         shape, 0, rows.SPARES * rows.SPARE, 3 * (block + LANES),
         CONSTANTS * (group * C + 4 * LANES), pieces * rows.partials_row(C),
     )  # fmt: skip
 
 
-def _pays(nbytes: int, shape: Shape) -> bool:
+def _pays(nbytes: int, shape: Shape, l2: int, l3: int) -> bool:
     """Whether a slab of so many bytes pays: what L2 keeps needs none, what L3 loses neither."""
     blocks = -(-shape.C // shape.block)
     copies = 1 if shape.together else shape.threads
     return (
-        shape.streaming
-        and blocks > copies
-        and cache_bytes(2) * 3 // 8 < nbytes
-        and nbytes * copies <= cache_bytes(3) // 2
+        shape.streaming and blocks > copies and l2 * 3 // 8 < nbytes and nbytes * copies <= l3 // 2
     )
+
+
+def rooms(cut: Cut, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Bytes of each part of the memory, in whole lines."""
+    computed = 8 if itemsize == 8 else 4
+    return (
+        _lines(cut.slab * itemsize), _lines(cut.spares * itemsize), _lines(cut.sums * 8),
+        _lines(cut.constants * computed), _lines(cut.partials * 8),
+    )  # fmt: skip
+
+
+def _lines(nbytes: int) -> int:
+    # A line more, so that no two threads write to one.
+    return (-(-nbytes // LINE) + 1) * LINE
+
+
+for _function in (
+    cut_planes, cut_rows, rooms, _lines, _pays,
+    planes.tiling, planes.slab_row, rows.tiling, rows.partials_row,
+):  # fmt: skip
+    register_jitable(_function)
 
 
 class _Pool(threading.local):
@@ -138,19 +164,16 @@ class _Pool(threading.local):
         self.buffer = np.empty(0, np.uint8)
         self.plans: dict[Any, Plan] = {}
 
-    def plan(self, cut: _Cut, dtype: Any, key: Any) -> Plan:
+    def plan(self, cut: Cut, dtype: Any, key: Any) -> Plan:
         """Give a kernel its workspace, cut from the buffer that all the thread's calls share."""
-        shape = cut.shape
-        computed = 8 if dtype.itemsize == 8 else 4
+        shape, itemsize = cut.shape, dtype.itemsize
+        computed = 8 if itemsize == 8 else 4
+        alone = not shape.together
         parts = (
-            (cut.slab, dtype.itemsize, not shape.together),
-            (cut.spares, dtype.itemsize, True),
-            (cut.sums, 8, True),
-            (cut.constants, computed, not shape.together),
-            (cut.partials, 8, not shape.together),
-        )
-        # A line more, so that no two threads write to one.
-        sizes = [(-(-size * itemsize // LINE) + 1) * LINE for size, itemsize, _ in parts]
+            (cut.slab, itemsize, alone), (cut.spares, itemsize, True), (cut.sums, 8, True),
+            (cut.constants, computed, alone), (cut.partials, 8, alone),
+        )  # fmt: skip
+        sizes = rooms(cut, itemsize)
         counts = [shape.threads if each else 1 for _, _, each in parts]
         total = sum(size * count for size, count in zip(sizes, counts, strict=True))
         buffer = self.buffer
@@ -189,9 +212,12 @@ def _cut(
     adjoining: bool,
     itemsize: int,
     threads: int,
-) -> _Cut:
-    cut = _cut_planes if kind == "planes" else _cut_rows
-    return cut(operation, *sizes, adjoining, itemsize, threads)
+) -> Cut:
+    cut = cut_planes if kind == "planes" else cut_rows
+    return cut(
+        *sizes, adjoining, itemsize, threads,
+        SUMMED[operation], operation in PIPED, cache_bytes(2), cache_bytes(3),
+    )  # fmt: skip
 
 
 def plan(operation: str, layout: Layout) -> Plan:
