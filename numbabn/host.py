@@ -66,8 +66,12 @@ def _give_jax(array: Any, x: Any) -> Any:
         return jax.device_put(array, x.device, may_alias=True)
 
 
+def _has_own_kind(x: Any) -> bool:
+    return library_of(x) != ANY or hasattr(x, "__array_namespace__")
+
+
 def _give_by_dlpack(array: Any, x: Any) -> Any:
-    if not hasattr(x, "__array_namespace__"):
+    if not _has_own_kind(x):
         return array
     given = x.__array_namespace__().from_dlpack(array)
     return given if given.device == x.device else given.to_device(x.device)
@@ -92,19 +96,22 @@ def borrow(names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
     library = library_of(arrays[0])
     assert library is not None
     kind = _KINDS[library]
+    # Results beside arrays that have DLPack alone are NumPy's, and may come back.
+    beside = {library} if _has_own_kind(arrays[0]) else {library, "numpy"}
     seen: list[Any] = []
     for name, array in zip(names, arrays, strict=True):
         if array is None:
             seen.append(None)
             continue
         expected = f"{name}: expected a {kind.name} array on {CPU}, as {names[0]} is"
-        if library_of(array) != library:
+        own = library_of(array)
+        if own not in beside:
             raise TypeError(f"{expected}, got {kind_of(array)}")
-        if library != "numpy" and (where := host_of(array)) != CPU:
+        if own != "numpy" and (where := host_of(array)) != CPU:
             where = where or "a CUDA device"
             raise TypeError(f"{expected}, got a {type(array).__qualname__} on {where}")
         try:
-            seen.append(kind.view(array))
+            seen.append(_KINDS[own].view(array))
         except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"{name}: expected an array that NumPy can read where it is, "
