@@ -18,6 +18,7 @@ LEVELS = {
     "results": 1,
     "stats": 1,
     "fold": 1,
+    "conventions": 2,
     "cpu": 2,
     "cuda": 2,
     "backends": 3,
@@ -25,6 +26,7 @@ LEVELS = {
     "population": 5,
     "layers": 5,
     "": 6,
+    "onnx": 6,
     "cli": 6,
 }
 
