@@ -1,6 +1,8 @@
 """ONNX against its own reference evaluator, ONNX Runtime, PyTorch's exporter, and the oracle."""
 
 import doctest
+import io
+import warnings
 from pathlib import Path
 
 import cases
@@ -777,6 +779,78 @@ class TestNetworks:
 
 def norms(model):
     return [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """A residual network of PyTorch's, and what its exporter makes of it, batch norm kept."""
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    class Block(nn.Module):
+        def __init__(self, C, out, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(C, out, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(out, eps=1e-3, momentum=0.2)
+            self.conv2 = nn.Conv2d(out, out, 3, 1, 1, groups=4, bias=False)
+            self.bn2 = nn.BatchNorm2d(out)
+            self.shortcut = nn.Sequential(nn.Conv2d(C, out, 1, stride), nn.BatchNorm2d(out))
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            return torch.relu(y + self.shortcut(x))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(),
+        *[Block(64 if i == 0 else 128, 128, 2 - i % 2) for i in range(4)],
+        nn.ConvTranspose2d(128, 64, 2, 2, groups=2), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+    x = torch.randn(8, 3, 128, 128)
+    with torch.no_grad():
+        for _ in range(3):
+            net(x)  # running statistics move
+    net.eval()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of this exporter itself
+        keep = {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
+        torch.onnx.export(net, x, file, dynamo=False, **keep)
+    with torch.no_grad():
+        expected = net.double()(x.double()).numpy()
+    return net.float(), x.numpy(), expected, onnx.load_from_string(file.getvalue())
+
+
+class TestPyTorchsExporter:
+    def test_layers_are_its_modules(self, exported):
+        net, _, _, model = exported
+        modules = [m for m in net.modules() if "BatchNorm" in type(m).__name__]
+        found = list(bn.layers(model).values())
+        assert len(found) == len(modules) == 15
+        theirs = {
+            m.weight.detach().numpy().tobytes() + m.running_var.numpy().tobytes() for m in modules
+        }
+        assert theirs == {a.weight.tobytes() + a.running_var.tobytes() for a in found}
+        assert sorted((m.eps, m.momentum) for m in modules) == sorted(
+            (a.eps, a.momentum) for a in found
+        )
+
+    def test_folded_it_is_as_exact_as_before(self, exported):
+        """By PyTorch in float64."""
+        _, x, expected, model = exported
+        result = bn.fold(model)
+        assert (len(result.folded), result.kept) == (15, {})
+        onnx.checker.check_model(result.model, full_check=True)
+        assert not norms(result.model)
+        feeds = {model.graph.input[0].name: x}
+        ulp = np.spacing(np.float32(np.abs(expected).max()))
+        before, after = (
+            np.abs(run(m, feeds)[0] - expected).max() / ulp for m in (model, result.model)
+        )
+        assert before <= 16
+        assert after <= 16
 
 
 def test_docstrings():
