@@ -44,8 +44,8 @@ _FLAX = {
 }
 _PYTORCH = {name: name for name in (*_KERAS, "num_batches_tracked")}
 
-# "keras" is Keras 3 on any backend. "tensorflow" is tf.keras of TensorFlow 2 up to 2.15 on images and
-# volumes, where the fused kernel leaves an unbiased variance; on other ranks it did as Keras 3.
+# "keras" is Keras 3 on any backend. "tensorflow" is tf.keras of TensorFlow 2 up to 2.15 on images
+# and volumes, where the fused kernel leaves an unbiased variance; on other ranks it did as Keras 3.
 CONVENTIONS: Mapping[str, Convention] = {
     "pytorch": Convention(_PYTORCH, 0.1, "new", "eps", 1e-5, correction=1, axis=1),
     "keras": Convention(_KERAS, 0.99, "old", "epsilon", 1e-3, correction=0, axis=-1),

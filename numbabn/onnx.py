@@ -257,7 +257,7 @@ def _loaded(model: Any) -> ModelProto:
         model = onnx.load(model)
     if not isinstance(model, ModelProto):
         raise TypeError(f"model: expected a ModelProto or a path, got {type(model).__qualname__}")
-    opset = max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
+    opset = max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=7)
     if opset < 7:
         raise ValueError(
             f"model: expected opset 7 or later, as onnx.version_converter makes it, got {opset}"

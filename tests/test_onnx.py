@@ -15,7 +15,7 @@ from numbabn import reference
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto, helper, inliner, numpy_helper, version_converter  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import numbabn.onnx as bn  # noqa: E402
@@ -85,6 +85,13 @@ def shipped_cases():
     return [case for case in node._NodeTestCases if case.name.startswith("test_batchnorm")]
 
 
+DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
+
+
+def shipped_models():
+    return sorted((DATA / "pytorch-converted").glob("test_BatchNorm*"))
+
+
 class TestOperator:
     @pytest.mark.parametrize("case", shipped_cases(), ids=lambda case: case.name)
     def test_cases_of_the_onnx_package(self, case):
@@ -97,6 +104,23 @@ class TestOperator:
             for array, expected in zip(got, outputs, strict=True):
                 assert array.dtype == expected.dtype
                 np.testing.assert_allclose(array, expected, rtol=case.rtol, atol=1e-6)
+
+    @pytest.mark.parametrize("folder", shipped_models(), ids=lambda folder: folder.name)
+    def test_models_of_the_onnx_package(self, folder):
+        """Once exported from PyTorch at opset 6, brought to 15 by onnx's own converter."""
+        old = onnx.load(folder / "model.onnx")
+        model = version_converter.convert_version(old, 15)
+        data = folder / "test_data_set_0"
+        x, expected = (
+            numpy_helper.to_array(onnx.load_tensor(data / f"{name}_0.pb"))
+            for name in ("input", "output")
+        )
+        (y,) = evaluate(model, {old.graph.input[0].name: x})
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        (layer,) = bn.layers(model).values()
+        np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="model: expected opset 7 or later"):
+            bn.layers(old)
 
     @pytest.mark.parametrize("shape", [(7, C), (6, C, 4), (3, C, 9, 7), (2, C, 3, 4, 5), (0, C, 3)])
     @pytest.mark.parametrize("training", [0, 1])
@@ -670,9 +694,7 @@ class TestFold:
         model.functions.append(function)
         with pytest.raises(ValueError, match=r"no batch norm in functions, .*, got one in 'Norm'"):
             bn.fold(model)
-        import onnx.inliner
-
-        assert len(bn.layers(onnx.inliner.inline_local_functions(model))) == 1
+        assert len(bn.layers(inliner.inline_local_functions(model))) == 1
 
 
 class TestFiles:
@@ -728,8 +750,7 @@ class TestFiles:
 
 def shipped_network(name):
     """A network that the onnx package has, its weights drawn at random."""
-    path = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
-    model = onnx.load(path)
+    model = onnx.load(DATA / "light" / f"light_{name}.onnx")
     graph = model.graph
     shapes = {t.name: tuple(numpy_helper.to_array(t)) for t in graph.initializer}
     rng = np.random.default_rng(0)
