@@ -41,13 +41,16 @@ class BatchNorm:
         Which dimension of x is the channel.
     dtype : dtype
         Of parameters and running statistics. A float32 layer takes float16 and bfloat16 too.
+    correction : float
+        The running variance is divided by ``count - correction``: 1 in PyTorch and TensorFlow,
+        0 in ONNX, Keras and Flax.
 
     Attributes
     ----------
     weight, bias : ndarray, shape (C,), or None
         Scale and shift, ones and zeros at first.
     running_mean, running_var : ndarray, shape (C,), or None
-        Zeros and ones at first. The variance is the unbiased one.
+        Zeros and ones at first. The variance is the unbiased one, unless ``correction`` is given.
     num_batches_tracked : int
         Batches seen in training mode, without the empty ones.
     grad_weight, grad_bias : ndarray, shape (C,), or None
@@ -92,6 +95,7 @@ class BatchNorm:
         *,
         axis: int = 1,
         dtype: Any = np.float32,
+        correction: float = 1,
     ) -> None:
         checks.positive_integer("num_features", num_features)
         checks.integer("axis", axis)
@@ -99,6 +103,7 @@ class BatchNorm:
             checks.real("momentum", momentum)
         checks.flag("affine", affine)
         checks.flag("track_running_stats", track_running_stats)
+        checks.real("correction", correction)
         if dtype is None:  # which NumPy takes for float64
             raise TypeError("dtype: expected a float dtype, got None")
         dtype = np.dtype(dtype)
@@ -110,6 +115,7 @@ class BatchNorm:
         self.track_running_stats = bool(track_running_stats)
         self.axis = axis
         self.dtype = dtype
+        self.correction = correction
         self.training = True
         self.num_batches_tracked = 0
         self.weight = np.ones(num_features, dtype) if affine else None
@@ -124,7 +130,7 @@ class BatchNorm:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
-            f"axis={self.axis}, dtype={self.dtype})"
+            f"axis={self.axis}, dtype={self.dtype}, correction={self.correction})"
         )
 
     def __call__(self, x: Any) -> Any:
@@ -188,6 +194,7 @@ class BatchNorm:
                 momentum=1.0 / batches if self.momentum is None else self.momentum,
                 eps=self.eps,
                 axis=self.axis,
+                correction=self.correction,
             )
             if tracked and seen.size:  # an empty batch has no share in the average either
                 self.num_batches_tracked = batches

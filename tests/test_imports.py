@@ -19,6 +19,7 @@ LEVELS = {
     "results": 1,
     "stats": 1,
     "fold": 1,
+    "conventions": 2,
     "cpu": 2,
     "cuda": 2,
     "backends": 3,
@@ -27,6 +28,7 @@ LEVELS = {
     "layers": 5,
     "overloads": 5,
     "": 6,
+    "onnx": 6,
     "cli": 6,
 }
 
