@@ -12,6 +12,7 @@ import numbabn
 PACKAGE = Path(numbabn.__file__).parent
 LEVELS = {
     "reference": 0,
+    "xla": 0,
     "libraries": 0,
     "checks": 1,
     "layout": 1,
@@ -24,6 +25,8 @@ LEVELS = {
     "functional": 4,
     "population": 5,
     "layers": 5,
+    "jax": 5,
+    "sklearn": 5,
     "": 6,
     "cli": 6,
 }
