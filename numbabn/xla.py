@@ -7,11 +7,13 @@ written where they belong. The structures are those of ``xla/ffi/api/c_api.h``, 
 import atexit
 import ctypes
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -23,8 +25,7 @@ from numba.extending import intrinsic
 Arrays = list[Any]
 Function = Callable[[Any, Arrays, Arrays], None]
 
-# The version that the structures below are of; XLA refuses what it does not know any more.
-VERSION = (0, 3)
+MAJOR = 0  # the version of the structures below; minor ones add to their ends
 
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 _INTERNAL = 13  # XLA_FFI_Error_Code_INTERNAL
@@ -197,12 +198,22 @@ def _run(function: Function, call: _Call) -> None:
     function(settings, _arrays(call.arguments), _arrays(call.results))
 
 
+@cache
+def _version() -> tuple[int, int]:
+    """Read which version jaxlib's own header is of, as a compiler would."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    defined = dict(re.findall(r"#define XLA_FFI_API_(M\w+) (\d+)", header.read_text()))
+    major, minor = int(defined["MAJOR"]), int(defined["MINOR"])
+    if major != MAJOR:
+        raise ImportError(f"jaxlib: expected version {MAJOR} of XLA's FFI, got {major}.{minor}")
+    return major, minor
+
+
 def _describe(call: _Call) -> None:
     """Answer XLA's question, asked as a target is registered, which version it is of."""
     extension = ctypes.cast(call.extension, ctypes.POINTER(_MetadataExtension))
     metadata = extension.contents.metadata.contents
-    theirs = call.api.contents.version
-    metadata.version.major, metadata.version.minor = min(VERSION, (theirs.major, theirs.minor))
+    metadata.version.major, metadata.version.minor = _version()
     metadata.traits = 0
 
 
@@ -234,6 +245,7 @@ def register(name: str, function: Function) -> None:
             return call.api.contents.create_error(failure)
         return None
 
+    _version()
     handler = _Handler(handle)
     entry = _gated(handler)
     _registered.append((handler, entry))

@@ -58,14 +58,16 @@ every_case = pytest.mark.parametrize(
 
 @pytest.fixture(params=[False, True], ids=["32 bits", "64 bits"])
 def x64(request):
-    with jax.enable_x64(request.param):
-        yield request.param
+    jax.config.update("jax_enable_x64", request.param)
+    yield request.param
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture
 def wide():
-    with jax.enable_x64(True):
-        yield
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 def arrays(shape, axis, dtype, parameters=None, seed=0):
@@ -385,18 +387,9 @@ class TestTransformations:
                 np.testing.assert_array_equal(got, other)
 
 
-def program(code, **environment):
-    """Run a program that says nothing at all if all is well."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_two_devices():
     """Statistics are of the whole batch where JAX sees one array, of each shard in a shard_map."""
-    program(
+    code = (
         "import jax, jax.numpy as jnp, numpy as np\n"
         "from jax.sharding import NamedSharding, PartitionSpec as P\n"
         "from numbabn.jax import batch_norm\n"
@@ -408,32 +401,13 @@ def test_two_devices():
         "np.testing.assert_array_equal(jax.jit(run)(sharded), run(x))\n"
         "local = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P('n'), out_specs=P('n')))\n"
         "expected = np.concatenate([run(x[:4]), run(x[4:])])\n"
-        "for _ in range(20): np.testing.assert_array_equal(local(sharded), expected)\n",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        "for _ in range(20): np.testing.assert_array_equal(local(sharded), expected)\n"
     )
-
-
-@pytest.mark.parametrize("then", ["pass", "del y"], ids=["kept", "dropped"])
-def test_a_program_may_end_while_it_computes(then):
-    program(
-        "import jax, jax.numpy as jnp\n"
-        "from numbabn.jax import batch_norm\n"
-        "run = jax.jit(lambda x: batch_norm(jnp.tanh(x), training=True).y + 1)\n"
-        "x = jnp.ones((16, 16, 64, 64)).at[0].set(2.0)\n"
-        f"for _ in range(5): y = run(x)\n{then}\n"
-    )
-
-
-def test_what_is_computed_at_the_end_is_right():
-    """For whoever looks at it in an exit handler of their own."""
-    program(
-        "import atexit, jax, jax.numpy as jnp, numpy as np\n"
-        "atexit.register(lambda: np.testing.assert_allclose(y.std(), 1, rtol=1e-3))\n"
-        "from numbabn.jax import batch_norm\n"
-        "run = jax.jit(lambda x: batch_norm(jnp.tanh(x), training=True).y + 1)\n"
-        "x = jnp.ones((16, 16, 64, 64)).at[0].set(2.0)\n"
-        "for _ in range(5): y = run(x)\n"
-    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        check=True, timeout=120,
+    )  # fmt: skip
 
 
 class TestErrors:
@@ -473,14 +447,6 @@ class TestErrors:
         x = jnp.ones((4, 3))
         with pytest.raises(TypeError, match=r"momentum: expected a real number, got .*Tracer"):
             jax.jit(lambda m: batch_norm(x, training=True, momentum=m).y)(0.1)
-
-    def test_what_goes_wrong_later_is_told(self, monkeypatch):
-        def fail(**_):
-            raise RuntimeError("no kernels, näher besehen")
-
-        monkeypatch.setattr(numbabn.functional, "batch_norm", fail)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="RuntimeError: no kernels, näher"):
-            batch_norm(jnp.ones((4, 3)), training=True).y.block_until_ready()
 
     def test_no_second_derivative(self):
         loss = lambda x: (batch_norm(x, training=True).y ** 3).sum()  # noqa: E731

@@ -170,8 +170,6 @@ class TestAgainstStandardScaler:
         assert ours <= max(theirs, one)
         if dtype is np.float32:
             assert ours < one
-            if offset == 1e6:
-                assert theirs > 1e3 * ours
 
     def test_alike_on_digits(self):
         """Whose constant columns are left as they are by both."""
