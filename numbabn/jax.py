@@ -202,7 +202,7 @@ def _normalize_backward(settings: _Settings, kept: Arrays, cotangents: Arrays) -
         by |= {name: jnp.zeros_like(kept[name]) for name in RUNNING if name in kept}
     else:
         mean, var = (kept[name] for name in RUNNING)
-        invstd = jax.lax.rsqrt(var.astype(dtype) + settings.eps)
+        invstd = jax.lax.rsqrt(var.astype(jnp.promote_types(dtype, np.float32)) + settings.eps)
         scale = invstd if weight is None else invstd * weight
         by["running_mean"] = (-gradients["dbias"] * scale).astype(mean.dtype)
         by["running_var"] = (-gradients["dweight"] * scale * invstd / 2).astype(var.dtype)
@@ -260,7 +260,8 @@ def _backward(given: Arrays, outputs: Arrays, settings: Any) -> None:
         mean, invstd = given["saved"].view(np.float64)
     else:
         mean, var = (given[name].astype(np.float64) for name in RUNNING)
-        invstd = 1.0 / np.sqrt(var + settings["eps"])
+        with np.errstate(all="ignore"):
+            invstd = 1.0 / np.sqrt(var + settings["eps"])
     gradients = functional.batch_norm_backward(
         given["dy"], given["x"], given.get("weight"), mean, invstd,
         axis=settings["axis"], training=settings["training"], mask=given.get("mask"),

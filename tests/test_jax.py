@@ -272,6 +272,15 @@ class TestNumbers:
             assert np.isfinite(array[:, [0, 2]]).all()
         assert np.isnan(y[2, 1, 3])
 
+    def test_a_variance_of_nothing(self):
+        """Is no warning, and NaN or infinity in its channel alone."""
+        x, mean, var = jnp.ones((4, 2)), jnp.zeros(2), jnp.array([0.0, 4.0])
+        y, pull = jax.vjp(lambda x: batch_norm(x, mean, var, eps=0.0).y, x)
+        (dx,) = pull(jnp.ones_like(x))
+        for array in (y, dx):
+            assert not np.isfinite(array[:, 0]).any()
+            np.testing.assert_array_equal(array[:, 1], [0.5] * 4)
+
     def test_nothing_in_a_batch(self, x64):
         x, mean, var = jnp.zeros((0, 3, 4)), jnp.ones(3), jnp.ones(3)
         weight = jnp.ones(3)
