@@ -12,6 +12,7 @@ import numbabn
 PACKAGE = Path(numbabn.__file__).parent
 LEVELS = {
     "reference": 0,
+    "xla": 0,
     "libraries": 0,
     "checks": 1,
     "host": 1,
@@ -27,6 +28,8 @@ LEVELS = {
     "population": 5,
     "layers": 5,
     "overloads": 5,
+    "jax": 5,
+    "sklearn": 5,
     "": 6,
     "onnx": 6,
     "cli": 6,
