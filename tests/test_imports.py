@@ -17,6 +17,7 @@ LEVELS = {
     "layout": 1,
     "results": 1,
     "stats": 1,
+    "threads": 1,
     "fold": 1,
     "cpu": 2,
     "cuda": 2,

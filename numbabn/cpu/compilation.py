@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import threading
 import types
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -17,9 +16,8 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 
+from ..threads import ALONE, run
 from . import arguments
-
-PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
 
 # Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
 # infinity, `reassoc` turn sum(x - shift) into sum(x) - n * shift.
@@ -98,22 +96,7 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
     return dispatcher
 
 
-_threadless = False
-_reentrant = False
-_turn = threading.Lock()
-
-
-def _after_fork() -> None:
-    """Keep to serial kernels if the parent's threads had started: OpenMP would abort here."""
-    global _threadless, _turn
-    _turn = threading.Lock()
-    with contextlib.suppress(ValueError):  # raised where no layer has started
-        numba.threading_layer()
-        _threadless = True
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
     # A child forked while another thread compiles would wait for that thread for ever.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
@@ -178,26 +161,14 @@ class Kernel:
 
     def __call__(self, plan: Any, *args: Any) -> None:
         """Run over as many threads as the plan says."""
-        global _reentrant
         parallel = plan.shape.threads > 1
         function = self._compiled.get((plan.stored, parallel)) or self.compiled(
             plan.stored, parallel
         )
-        if _reentrant or not parallel:
+        if plan.team is ALONE:
             function(*args, plan.memory, plan.shape)
         else:
-            # numba's workqueue layer aborts the process when two threads enter it at once, and
-            # which layer runs is known only after the first launch.
-            with _turn:
-                function(*args, plan.memory, plan.shape)
-                _reentrant = numba.threading_layer() != "workqueue"
-
-
-def threads_for(nbytes: int) -> int:
-    """Choose how many threads move so many bytes."""
-    if nbytes < PARALLEL_BYTES or _threadless:
-        return 1
-    return int(numba.get_num_threads())
+            run(plan.team, function, *args, plan.memory, plan.shape)
 
 
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:
