@@ -74,11 +74,12 @@ def threads(limit: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def _bounded(limit: int) -> Iterator[None]:
-    token = _bound.set(min(limit, _bound.get() or limit))
+    around = _bound.get()
     try:
+        _bound.set(min(limit, around or limit))
         yield
     finally:
-        _bound.reset(token)
+        _bound.set(around)
 
 
 def team_for(nbytes: int) -> Team:
@@ -99,21 +100,31 @@ def team_for(nbytes: int) -> Team:
 def run(team: Team, function: Callable[..., Any], *args: Any) -> None:
     """Call a kernel, and count it as long as it runs."""
     caller = threading.get_ident()
-    # An interrupt may come between any two steps, so that each may be undone without having been
-    # done.
+    # Ctrl-C is seen after calls alone, of which the first in each `finally` is not Python's, so
+    # that it is made in any case, and may find nothing to undo.
     try:
         _running.add(caller)
+        if team.threads == 1:
+            function(*args)
+        else:
+            _run_in_parallel(team, function, args)
+    finally:
+        _running.discard(caller)
+
+
+def _run_in_parallel(team: Team, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    layer = _layer()
+    try:
         if team.threads < team.most:
-            numba.set_num_threads(team.threads)
-        if team.threads > 1 and _layer().one_at_a_time:
+            layer.bind(team.threads)
+        if layer.one_at_a_time:
             with _turn:
                 function(*args)
         else:
             function(*args)
     finally:
-        _running.discard(caller)
         if team.threads < team.most:
-            numba.set_num_threads(team.most)
+            layer.bind(team.most)
 
 
 class _Layer(NamedTuple):
@@ -121,21 +132,22 @@ class _Layer(NamedTuple):
 
     one_at_a_time: bool
     threads: Callable[[], int]  # how many the calling thread may use
-    within_a_loop: Callable[[], Any]  # whether that is at work for a parallel loop already
+    bind: Callable[[int], None]  # sets that
+    within_a_loop: Callable[[], Any]  # whether it is at work for a parallel loop already
 
 
 @cache
 def _layer() -> _Layer:
     """Start numba's threads."""
     numba.get_num_threads()
-    # numba's own function would take locks first, to see whether the threads have started.
-    threads = parallel._get_num_threads
+    # Numba's public functions take locks first, to see whether the threads have started.
+    functions = parallel._get_num_threads, parallel._set_num_threads
     name = numba.threading_layer()
     if name == "omp":
-        return _Layer(False, threads, _omp_in_parallel())
+        return _Layer(False, *functions, _omp_in_parallel())
     if name == "workqueue":
-        return _Layer(True, threads, _is_foreign)
-    return _Layer(False, threads, bool)  # TBB's loops share its threads, wherever they begin
+        return _Layer(True, *functions, _is_foreign)
+    return _Layer(False, *functions, bool)  # TBB's loops share its threads, wherever they begin
 
 
 def _is_foreign() -> bool:
