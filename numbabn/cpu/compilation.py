@@ -5,6 +5,7 @@ import hashlib
 import os
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+def _apart(work: Callable[..., Any], *args: Any) -> None:
+    """Work where no signal is seen: Ctrl-C leaves numba unable ever to compile or load again.
+
+    The caller is interrupted all the same, and the work done in the background.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        thread.submit(work, *args).result()
+    finally:
+        thread.shutdown(wait=False)
+
+
 def _kind(name: str, stored: Any) -> Any:
     if name == "Numbers":
         return arguments.numbers
@@ -146,7 +159,7 @@ class Kernel:
             dispatcher = self.parallel if parallel else self.serial
             dtype = getattr(numba.types, stored)
             signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
-            dispatcher.compile(signature)
+            _apart(dispatcher.compile, signature)
             # Past the dispatcher, which would ask every argument for its type.
             found = dispatcher.overloads[signature].entry_point
             self._compiled[stored, parallel] = found
