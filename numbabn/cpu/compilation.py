@@ -111,6 +111,9 @@ def _apart(work: Callable[..., Any], *args: Any) -> None:
 
     The caller is interrupted all the same, and the work done in the background.
     """
+    if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
+        work(*args)
+        return
     thread = ThreadPoolExecutor(1)
     try:
         thread.submit(work, *args).result()
