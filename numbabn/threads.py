@@ -10,7 +10,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import _GeneratorContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ _turn = threading.Lock()
 _forked = False
 
 
-def threads(limit: int) -> AbstractContextManager[None]:
+def threads(limit: int) -> _GeneratorContextManager[None]:
     """Bound how many threads a call takes, in a ``with`` statement or as a decorator.
 
     Holds for calls of the thread, or asyncio task, that enters it. Other bounds hold beside it:
@@ -48,7 +48,7 @@ def threads(limit: int) -> AbstractContextManager[None]:
     ----------
     limit : int
         At least 1, at most ``NUMBA_NUM_THREADS``, which is the number of cores unless the
-        environment variable of that name says otherwise. With 1 no thread is ever started.
+        environment variable of that name says otherwise. With 1 none of numba's is ever started.
 
     Raises
     ------
@@ -57,6 +57,7 @@ def threads(limit: int) -> AbstractContextManager[None]:
 
     Examples
     --------
+    >>> import numpy as np, numbabn
     >>> x = np.ones((32, 64, 28, 28), np.float32)
     >>> with numbabn.threads(1):
     ...     y = numbabn.batch_norm(x, training=True)
