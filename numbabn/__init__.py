@@ -15,6 +15,7 @@ from .functional import (
 from .layers import BatchNorm
 from .population import population_stats
 from .stats import BatchStats
+from .threads import threads
 
 __version__ = "0.1.0.dev0"
 
@@ -30,5 +31,6 @@ __all__ = [
     "batch_stats",
     "fold",
     "population_stats",
+    "threads",
     "update_running_stats",
 ]

@@ -1,7 +1,6 @@
 """Memory for results, kept when they are gone: fresh memory page-faults as it is filled."""
 
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -24,20 +23,24 @@ class _Block:
 class _Loan:
     """The base of a result: dies with the last array that views it."""
 
+    pool: "Pool | None" = None  # until Ctrl-C can do no harm
+
     def __init__(self, pool: "Pool", block: _Block) -> None:
-        self.pool = pool
         self.block = block
         self.__array_interface__ = block.interface
+        self.pool = pool
 
     def __del__(self) -> None:
-        self.pool.give_back(self.block)
+        if self.pool is not None:
+            self.pool.give_back(self.block)
 
 
 class Pool:
     """Blocks of memory, left by results that are gone, for those to come.
 
     Whoever finds the pool busy does without it. To wait could be for ever: results die anywhere,
-    even in here if the garbage collector runs, and a forked child inherits the lock as it is.
+    even in here if the garbage collector runs, and a forked child finds the pool as it is. Visits
+    stand in a set: a lock would stay taken where Ctrl-C came just before ``try``.
 
     Parameters
     ----------
@@ -54,7 +57,7 @@ class Pool:
         self.limit = limit
         self.kept = 0
         self._blocks: list[_Block] = []  # the oldest first
-        self._lock = threading.Lock()
+        self._visits: set[object] = set()
 
     def empty_like(self, x: Any) -> Any:
         """Do as ``numpy.empty_like(x, subok=False)``; large results begin with a cache line."""
@@ -67,28 +70,32 @@ class Pool:
 
     def _take(self, nbytes: int) -> _Block | None:
         """Find the latest block that is large enough, but not by more than a quarter."""
-        if self._lock.acquire(blocking=False):
-            try:
+        visit = object()
+        try:
+            self._visits.add(visit)
+            if len(self._visits) == 1:
                 for i in reversed(range(len(self._blocks))):
                     if nbytes <= self._blocks[i].nbytes <= nbytes + nbytes // 4:
                         self.kept -= self._blocks[i].nbytes
                         return self._blocks.pop(i)
-            finally:
-                self._lock.release()
+        finally:
+            self._visits.discard(visit)
         return None
 
     def give_back(self, block: _Block) -> None:
         """Keep a block, at the cost of the oldest ones."""
-        if self._lock.acquire(blocking=False):
-            dropped = []  # to be freed without the lock
-            try:
-                self._blocks.append(block)
+        visit = object()
+        dropped = []  # to be freed outside
+        try:
+            self._visits.add(visit)
+            if len(self._visits) == 1:
                 self.kept += block.nbytes
+                self._blocks.append(block)
                 while self.kept > self.limit:
+                    self.kept -= self._blocks[0].nbytes
                     dropped.append(self._blocks.pop(0))
-                    self.kept -= dropped[-1].nbytes
-            finally:
-                self._lock.release()
+        finally:
+            self._visits.discard(visit)
 
 
 _pool = Pool(int(os.environ.get("NUMBABN_POOL_BYTES", 1 << 28)))

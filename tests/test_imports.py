@@ -19,6 +19,7 @@ LEVELS = {
     "layout": 1,
     "results": 1,
     "stats": 1,
+    "threads": 1,
     "fold": 1,
     "conventions": 2,
     "cpu": 2,

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import os
-import threading
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +20,8 @@ from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
+from ..threads import ALONE, run
 from . import arguments
-
-PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
 
 # Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
 # infinity, `reassoc` turn sum(x - shift) into sum(x) - n * shift.
@@ -102,28 +101,28 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
     return dispatcher
 
 
-_threadless = False
-_reentrant = False
-_turn = threading.Lock()
-
-
-def _after_fork() -> None:
-    """Keep to serial kernels if the parent's threads had started: OpenMP would abort here."""
-    global _threadless, _turn
-    _turn = threading.Lock()
-    with contextlib.suppress(ValueError):  # raised where no layer has started
-        numba.threading_layer()
-        _threadless = True
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
     # A child forked while another thread compiles would wait for that thread for ever.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
         after_in_child=global_compiler_lock.release,
     )
+
+
+def _apart(work: Callable[..., Any], *args: Any) -> None:
+    """Work where no signal is seen: Ctrl-C leaves numba unable ever to compile or load again.
+
+    The caller is interrupted all the same, and the work done in the background.
+    """
+    if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
+        work(*args)
+        return
+    thread = ThreadPoolExecutor(1)
+    try:
+        thread.submit(work, *args).result()
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _digest(kinds: tuple[Any, ...]) -> str:
@@ -251,7 +250,7 @@ class Kernel:
             dispatcher = self.parallel if parallel else self.serial
             dtype = getattr(numba.types, stored)
             signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
-            dispatcher.compile(signature)
+            _apart(dispatcher.compile, signature)
             # Past the dispatcher, which would ask every argument for its type.
             found = dispatcher.overloads[signature].entry_point
             self._compiled[stored, parallel] = found
@@ -266,26 +265,14 @@ class Kernel:
 
     def __call__(self, plan: Any, *args: Any) -> None:
         """Run over as many threads as the plan says."""
-        global _reentrant
         parallel = plan.shape.threads > 1
         function = self._compiled.get((plan.stored, parallel)) or self.compiled(
             plan.stored, parallel
         )
-        if _reentrant or not parallel:
+        if plan.team is ALONE:
             function(*args, plan.memory, plan.shape)
         else:
-            # numba's workqueue layer aborts the process when two threads enter it at once, and
-            # which layer runs is known only after the first launch.
-            with _turn:
-                function(*args, plan.memory, plan.shape)
-                _reentrant = numba.threading_layer() != "workqueue"
-
-
-def threads_for(nbytes: int) -> int:
-    """Choose how many threads move so many bytes."""
-    if nbytes < PARALLEL_BYTES or _threadless:
-        return 1
-    return int(numba.get_num_threads())
+            run(plan.team, function, *args, plan.memory, plan.shape)
 
 
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:

@@ -16,9 +16,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from ..layout import Layout, View
+from ..threads import Team, team_for
 from . import planes, rows
 from .arguments import Memory, Shape
-from .compilation import threads_for
 from .intrinsics import LANES, LINE
 from .vector import COLUMNS, CONSTANTS, SUMS
 
@@ -50,9 +50,10 @@ def cache_bytes(level: int) -> int:
 
 
 class Plan(NamedTuple):
-    """A kernel's last arguments, and for which stored dtype it is compiled."""
+    """A kernel's last arguments, for which stored dtype it is compiled, and who runs it."""
 
     stored: str
+    team: Team
     memory: Memory
     shape: Shape
 
@@ -164,7 +165,7 @@ class _Pool(threading.local):
         self.buffer = np.empty(0, np.uint8)
         self.plans: dict[Any, Plan] = {}
 
-    def plan(self, cut: Cut, dtype: Any, key: Any) -> Plan:
+    def plan(self, cut: Cut, dtype: Any, team: Team, key: Any) -> Plan:
         """Give a kernel its workspace, cut from the buffer that all the thread's calls share."""
         shape, itemsize = cut.shape, dtype.itemsize
         computed = 8 if itemsize == 8 else 4
@@ -188,7 +189,7 @@ class _Pool(threading.local):
             part = buffer[at : at + size * count]
             views.append(View(part, size // itemsize, 0, 0) if elements else None)
             at += part.size
-        plan = Plan(STORED[dtype], Memory(*views), shape)
+        plan = Plan(STORED[dtype], team, Memory(*views), shape)
         if total <= self.buffer.size:
             if len(self.plans) >= PLANS:
                 self.plans.clear()
@@ -223,12 +224,12 @@ def _cut(
 def plan(operation: str, layout: Layout) -> Plan:
     """Cut a call's work, and find memory for it."""
     kind, sizes, adjoining, dtype, _, _, _ = layout
-    threads = threads_for(math.prod(sizes) * dtype.itemsize * _SWEEPS[operation])
-    key = operation, kind, sizes, adjoining, dtype, threads
+    team = team_for(math.prod(sizes) * dtype.itemsize * _SWEEPS[operation])
+    key = operation, kind, sizes, adjoining, dtype, team
     found = _pool.plans.get(key)
     if found is None:
-        cut = _cut(operation, kind, sizes, adjoining, dtype.itemsize, threads)
-        found = _pool.plan(cut, dtype, key)
+        cut = _cut(operation, kind, sizes, adjoining, dtype.itemsize, team.threads)
+        found = _pool.plan(cut, dtype, team, key)
     return found
 
 

@@ -1,30 +1,15 @@
-"""Same bits for any number of threads; processes and threads that do not crash; the cache."""
+"""Same bits for any number of threads and any plan; memory; the cache."""
 
 import os
-import subprocess
-import sys
-import textwrap
 from itertools import product
 
 import numpy as np
 import pytest
+from programs import run
 
 import numbabn
 from numbabn import cpu, reference
 from numbabn.cpu import compilation, planes, schedule, vector
-
-
-def run(code, **environment):
-    """Run a program in a process of its own, warnings being errors; its output."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    ).stdout
-
 
 BITS = """
     import hashlib, sys
@@ -55,127 +40,6 @@ def test_same_bits_for_any_number_of_threads():
     lines = run(BITS.format(threads=[1, 2, 5, 2]), NUMBA_NUM_THREADS="5").splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "5", "2"]
     assert len({line.split()[1] for line in lines}) == 1
-
-
-CALL = """
-    import numpy as np
-    import numbabn
-
-    x = np.random.default_rng(0).standard_normal((20, 2, 65, 67), dtype=np.float32)
-    expected = numbabn.batch_norm(x, training=True)
-
-    def right():
-        return bool((numbabn.batch_norm(x, training=True) == expected).all())
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_after_use_computes_the_same():
-    # Exits by itself: multiprocessing would hide a child that died behind a hanging queue.
-    output = run(
-        CALL
-        + """
-    import os, warnings
-
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if right() else 1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), right())
-    """
-    )
-    assert output.split() == ["0", "True"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_before_use_has_threads_of_its_own():
-    output = run(
-        """
-    import os
-    import numba, numpy as np
-    import numbabn
-
-    child = os.fork()
-    if child == 0:
-        numbabn.batch_norm(np.ones((20, 2, 65, 67), np.float32), training=True)
-        numba.threading_layer()  # raises if none has started
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """
-    )
-    assert output.split() == ["0"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_after_use_of_numba_alone_computes():
-    # What a fork needs is there from the import on, not from the first call.
-    output = run(
-        """
-    import os, warnings
-    import numba, numpy as np
-    import numbabn
-
-    @numba.njit(parallel=True)
-    def fill(x):
-        for i in numba.prange(len(x)):
-            x[i] = i
-
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
-    fill(np.empty(2))
-    child = os.fork()
-    if child == 0:
-        numbabn.batch_norm(np.ones((20, 2, 65, 67), np.float32), training=True)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """
-    )
-    assert output.split() == ["0"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_waits_for_a_thread_that_compiles():
-    output = run(
-        CALL
-        + """
-    import os, signal, threading, warnings
-    from numba.core.compiler_lock import global_compiler_lock
-
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
-    compiling = threading.Event()
-
-    def compile_for_a_while():
-        with global_compiler_lock:
-            compiling.set()
-            threading.Event().wait(0.5)
-
-    threading.Thread(target=compile_for_a_while).start()
-    compiling.wait()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # ends a child that hangs
-        with global_compiler_lock:
-            os._exit(0 if right() else 1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """
-    )
-    assert output.split() == ["0"]
-
-
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_eight_threads_at_once(layer):
-    if layer == "omp":
-        pytest.importorskip("numba.np.ufunc.omppool", reason="numba has no OpenMP here")
-    output = run(
-        CALL
-        + """
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(8) as pool:
-        print(all(pool.map(lambda _: right(), range(40))))
-    """,
-        NUMBA_THREADING_LAYER=layer,
-    )
-    assert output.split() == ["True"]
 
 
 def test_small_inputs_start_no_threads():

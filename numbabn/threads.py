@@ -1,0 +1,180 @@
+"""Threads: how many a call takes, and how it keeps out of the way of others, of loops and of forks.
+
+Numba's threads do the work, through OpenMP, TBB or a queue of its own, "workqueue". That one aborts
+the process where two threads enter it at once, or one from within a loop; OpenMP gives every thread
+that calls a team of its own, and aborts a child forked after use.
+"""
+
+import ctypes
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import _GeneratorContextManager, contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+from numba.np.ufunc import parallel
+
+PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
+
+
+class Team(NamedTuple):
+    """How many threads work on a call, and how many numba would take."""
+
+    threads: int
+    most: int
+
+
+_team = cache(Team)
+ALONE = Team(1, 1)  # of calls too short to be counted
+
+_bound: ContextVar[int | None] = ContextVar("numbabn.threads", default=None)
+_running: set[int] = set()  # the caller's threads that are within a call
+_turn = threading.Lock()
+_forked = False
+
+
+def threads(limit: int) -> _GeneratorContextManager[None]:
+    """Bound how many threads a call takes, in a ``with`` statement or as a decorator.
+
+    Holds for calls of the thread, or asyncio task, that enters it. Other bounds hold beside it:
+    those around it, ``numba.set_num_threads``, and an equal share where several threads call at
+    once. Results have the same bits whatever the number.
+
+    Parameters
+    ----------
+    limit : int
+        At least 1, at most ``NUMBA_NUM_THREADS``, which is the number of cores unless the
+        environment variable of that name says otherwise. With 1 none of numba's is ever started.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such number.
+
+    Examples
+    --------
+    >>> import numpy as np, numbabn
+    >>> x = np.ones((32, 64, 28, 28), np.float32)
+    >>> with numbabn.threads(1):
+    ...     y = numbabn.batch_norm(x, training=True)
+    """
+    most: int = numba.config.NUMBA_NUM_THREADS
+    try:
+        limit = operator.index(limit)
+    except TypeError:
+        kind = type(limit).__name__
+        raise TypeError(f"limit: expected a whole number of threads, got {kind}") from None
+    if not 1 <= limit <= most:
+        raise ValueError(f"limit: expected 1 to {most} (NUMBA_NUM_THREADS), got {limit}")
+    return _bounded(limit)
+
+
+@contextmanager
+def _bounded(limit: int) -> Iterator[None]:
+    around = _bound.get()
+    try:
+        _bound.set(min(limit, around or limit))
+        yield
+    finally:
+        _bound.set(around)
+
+
+def team_for(nbytes: int) -> Team:
+    """Choose how many threads move so many bytes."""
+    if nbytes < PARALLEL_BYTES or _forked:
+        return ALONE
+    bound = _bound.get()
+    if bound == 1:
+        return _team(1, 1)
+    layer = _layer()
+    count = most = layer.threads()
+    if _running or bound:
+        share = numba.config.NUMBA_NUM_THREADS // (len(_running) + 1)
+        count = min(most, share, bound or most)
+    return _team(count, most) if count > 1 and not layer.within_a_loop() else _team(1, 1)
+
+
+def run(team: Team, function: Callable[..., Any], *args: Any) -> None:
+    """Call a kernel, and count it as long as it runs."""
+    caller = threading.get_ident()
+    # Ctrl-C is seen after calls alone, of which the first in each `finally` is not Python's, so
+    # that it is made in any case, and may find nothing to undo.
+    try:
+        _running.add(caller)
+        if team.threads == 1:
+            function(*args)
+        else:
+            _run_in_parallel(team, function, args)
+    finally:
+        _running.discard(caller)
+
+
+def _run_in_parallel(team: Team, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    layer = _layer()
+    try:
+        if team.threads < team.most:
+            layer.bind(team.threads)
+        if layer.one_at_a_time:
+            with _turn:
+                function(*args)
+        else:
+            function(*args)
+    finally:
+        if team.threads < team.most:
+            layer.bind(team.most)
+
+
+class _Layer(NamedTuple):
+    """What numba's threads work through."""
+
+    one_at_a_time: bool
+    threads: Callable[[], int]  # how many the calling thread may use
+    bind: Callable[[int], None]  # sets that
+    within_a_loop: Callable[[], Any]  # whether it is at work for a parallel loop already
+
+
+@cache
+def _layer() -> _Layer:
+    """Start numba's threads."""
+    numba.get_num_threads()
+    # Numba's public functions take locks first, to see whether the threads have started.
+    functions = parallel._get_num_threads, parallel._set_num_threads
+    name = numba.threading_layer()
+    if name == "omp":
+        return _Layer(False, *functions, _omp_in_parallel())
+    if name == "workqueue":
+        return _Layer(True, *functions, _is_foreign)
+    return _Layer(False, *functions, bool)  # TBB's loops share its threads, wherever they begin
+
+
+def _is_foreign() -> bool:
+    """Whether Python has not started the calling thread, as those that loops of numba's run on."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _omp_in_parallel() -> Callable[[], int]:
+    """Find OpenMP's own function, in the library that numba uses."""
+    import numba.np.ufunc.omppool as omppool
+
+    try:
+        found: Callable[[], int] = ctypes.PyDLL(omppool.__file__).omp_in_parallel
+    except AttributeError:  # Windows looks for it in numba's own file alone
+        return int
+    return found
+
+
+def _after_fork() -> None:
+    """Keep to serial kernels if the parent's threads had started: they are not there any more."""
+    global _forked, _running, _turn
+    _running, _turn = set(), threading.Lock()
+    with suppress(ValueError):  # raised where no layer has started
+        numba.threading_layer()
+        _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
