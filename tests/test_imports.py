@@ -24,6 +24,7 @@ LEVELS = {
     "functional": 4,
     "population": 5,
     "layers": 5,
+    "c": 5,
     "": 6,
     "cli": 6,
 }

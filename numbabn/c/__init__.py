@@ -21,6 +21,7 @@ from . import entries
 from .structs import (
     ABI,
     CALLS,
+    FUNCTIONS,
     MESSAGES,
     BackwardCall,
     ForwardCall,
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 NAME = b"numbabn.c.table"  # of the capsule
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _lock = threading.Lock()
 _kernels: dict[str, Kernels] = {}
 
@@ -128,9 +132,8 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     if dtype not in cpu.DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(cpu.DTYPES)}, got {dtype!r}")
     names = list(CALLS) if operations is None else operations.split()
-    for name in names:
-        if name not in CALLS:
-            raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {name!r}")
+    if not names or not set(names) <= set(CALLS):
+        raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {operations!r}")
     with _lock:
         found = _empty_table(dtype)
         kernels = _kernels[dtype]
@@ -139,16 +142,13 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
             for k, variant in enumerate(cpu.variants([name], [dtype])):
                 if (parallel or not variant.parallel) and not addresses[k]:
                     addresses[k] = cpu.address(variant)
-            function = dict(Table._fields_)[name]
-            setattr(found, name, function(getattr(entries, name).address))
+            setattr(found, name, FUNCTIONS[name](getattr(entries, name).address))
         if parallel:
             kernels.threads = found.threads = compilation.threads_at_once()
     return found
 
 
-def capsule(
-    abi: int, dtype: str, parallel: bool = False, operations: str | None = None
-) -> Any:
+def capsule(abi: int, dtype: str, parallel: bool = False, operations: str | None = None) -> Any:
     """Give `table` as a PyCapsule; ``numbabn_import`` of ``numbabn.h`` calls this.
 
     Parameters
@@ -173,9 +173,8 @@ def capsule(
     """
     if abi != ABI:
         raise ImportError(f"numbabn.h: expected edition {ABI}, got {abi}: compile anew with it")
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return new(ctypes.addressof(table(dtype, operations, parallel=parallel)), NAME, None)
+    address = ctypes.addressof(table(dtype, operations, parallel=parallel))
+    return _new_capsule(address, NAME, None)
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""Memory and kernels by their addresses, which are integers, in compiled code that has no arrays."""
+"""Memory and kernels by their addresses, which are integers, where there are no arrays."""
 
 import numpy as np
 from llvmlite import ir

@@ -73,9 +73,7 @@ def _check_batch(kernels, given):
         if size < 0 or C == 0:
             status = Status.SHAPE
     threads = np.int64(given.threads)
-    return _Batch(
-        status, shape, dense, axis, C, values, itemsize, parameter, type_number, threads
-    )
+    return _Batch(status, shape, dense, axis, C, values, itemsize, parameter, type_number, threads)
 
 
 @primitive
@@ -98,20 +96,14 @@ def _wide(address):
     return channel_numbers(np.int64(address), 8, _FLOAT64)
 
 
-def _entry(function):
-    """Compile, where asked for its address, the function of an operation."""
-    return Entry(function, (pointer_to(Kernels), pointer_to(CALLS[function.__name__])))
-
-
 @primitive
 def _fill(numbers, C, value):
     for c in range(C):
         set_number(numbers, c, value)
 
 
-@_entry
-def statistics(kernels, call):
-    """Mean and M2 of each channel."""
+@primitive
+def _run_statistics(kernels, call):
     kernels, call = carray(kernels, 1)[0], carray(call, 1)[0]
     batch = _check_batch(kernels, call.batch)
     if batch.status != Status.OK:
@@ -136,9 +128,8 @@ def statistics(kernels, call):
     return Status.OK
 
 
-@_entry
-def inference(kernels, call):
-    """Normalize by running statistics."""
+@primitive
+def _run_inference(kernels, call):
     kernels, call = carray(kernels, 1)[0], carray(call, 1)[0]
     batch = _check_batch(kernels, call.batch)
     if batch.status != Status.OK:
@@ -194,9 +185,8 @@ def _check_forward(batch, call):
     return Status.OK
 
 
-@_entry
-def forward(kernels, call):
-    """Statistics, normalize and running averages."""
+@primitive
+def _run_forward(kernels, call):
     kernels, call = carray(kernels, 1)[0], carray(call, 1)[0]
     batch = _check_batch(kernels, call.batch)
     if batch.status != Status.OK:
@@ -244,9 +234,8 @@ def _check_backward(batch, call):
     return Status.OK
 
 
-@_entry
-def backward(kernels, call):
-    """Gradients by x, weight, bias and residual."""
+@primitive
+def _run_backward(kernels, call):
     kernels, call = carray(kernels, 1)[0], carray(call, 1)[0]
     batch = _check_batch(kernels, call.batch)
     if batch.status != Status.OK:
@@ -275,9 +264,59 @@ def backward(kernels, call):
         same = _arrays(batch, 1, (dresidual, dy), False)
         to, source = same.addresses[0], same.addresses[1]
         copy(batch.shape, batch.itemsize, to, same.strides[0], source, same.strides[1])
-    maps = map_of(run, 0), map_of(run, 1), map_of(run, 2), map_of(run, 3), mask_of(run, np.int64(call.mask))
+    maps = (
+        map_of(run, 0),
+        map_of(run, 1),
+        map_of(run, 2),
+        map_of(run, 3),
+        mask_of(run, np.int64(call.mask)),
+    )
     gradients = _parameter(batch, call.weight), _wide(call.mean), _wide(call.invstd), dweight, dbias
     training = call.eval == 0
     _launch_backward(run.kernel, (maps, gradients, training, run.memory, run.shape))
     finish(run, arrays)
     return Status.OK
+
+
+def _entry(function):
+    """Compile, where asked for its address, the function of an operation."""
+    return Entry(function, (pointer_to(Kernels), pointer_to(CALLS[function.__name__])))
+
+
+# All that can be raised is that there is no memory for sizes and strides.
+
+
+@_entry
+def statistics(kernels, call):
+    """Mean and M2 of each channel."""
+    try:
+        return _run_statistics(kernels, call)
+    except Exception:
+        return Status.MEMORY
+
+
+@_entry
+def inference(kernels, call):
+    """Normalize by running statistics."""
+    try:
+        return _run_inference(kernels, call)
+    except Exception:
+        return Status.MEMORY
+
+
+@_entry
+def forward(kernels, call):
+    """Statistics, normalize and running averages."""
+    try:
+        return _run_forward(kernels, call)
+    except Exception:
+        return Status.MEMORY
+
+
+@_entry
+def backward(kernels, call):
+    """Gradients by x, weight, bias and residual."""
+    try:
+        return _run_backward(kernels, call)
+    except Exception:
+        return Status.MEMORY

@@ -78,7 +78,7 @@ def _see(arrays, contiguous):
     fits = True
     for k in range(count + 1):
         mask = k == count
-        if mask and not arrays.masked or not mask and arrays.addresses[k] == 0:
+        if not (arrays.masked if mask else arrays.addresses[k] != 0):
             continue
         dense = mask or contiguous
         fits = fits and (dense or arrays.addresses[k] % arrays.itemsize == 0)

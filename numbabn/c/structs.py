@@ -172,6 +172,11 @@ CALLS = {
 }
 
 
+FUNCTIONS: dict[str, Any] = {
+    name: ctypes.CFUNCTYPE(c_int32, c_void_p, POINTER(call)) for name, call in CALLS.items()
+}
+
+
 class Table(ctypes.Structure):
     """The functions for one dtype, those that were asked for."""
 
@@ -182,10 +187,7 @@ class Table(ctypes.Structure):
         ("itemsize", c_int32),
         ("threads", c_int32),
         ("kernels", c_void_p),
-        *(
-            (name, ctypes.CFUNCTYPE(c_int32, c_void_p, POINTER(call)))
-            for name, call in CALLS.items()
-        ),
+        *FUNCTIONS.items(),
         ("messages", POINTER(c_char_p)),
         ("message_count", c_int32),
     )

@@ -179,7 +179,7 @@ class Kernel:
         return found
 
     def address(self, stored: str, parallel: bool) -> int:
-        """Give the address of the function for maps of a stored dtype, as compiled code calls it."""
+        """Give the function's address for maps of a stored dtype, as compiled code calls it."""
         result = self._result(stored, parallel)
         return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
 
@@ -250,8 +250,8 @@ class Entry:
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
-        self._compiled = CFunc(function, (arguments, numba.types.int32), {}, dict(_OPTIONS))
         self._function = function
+        self._compiled: Any = CFunc(function, (arguments, numba.types.int32), {}, dict(_OPTIONS))
 
     @cached_property
     def address(self) -> int:
