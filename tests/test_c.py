@@ -209,8 +209,7 @@ def test_shares_of_channels_give_the_bits_of_the_whole(dtype):
             )
             assert call.run() == c.Status.OK
             foreign.same(got.mean, whole.mean[first : first + step])
-        if shape[axis] % step == 0 or axis == 1:
-            foreign.same(y, whole.y)
+        foreign.same(y, whole.y)
 
 
 WRONG = {
@@ -323,9 +322,7 @@ def test_a_table_grows():
 def test_wrong_tables():
     with pytest.raises(ValueError, match=r"dtype: expected one of float32.*, got 'int8'"):
         c.table("int8")
-    with pytest.raises(
-        ValueError, match=r"operations: expected some of stat.*, got 'forward fold'"
-    ):
+    with pytest.raises(ValueError, match=r"operations: expected some of .*, got 'forward fold'"):
         c.table("float32", "forward fold")
     with pytest.raises(ValueError, match=r"operations: expected some of stat.*, got ''"):
         c.table("float32", "", parallel=True)
@@ -351,14 +348,40 @@ if not child:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
+WORKQUEUE = """
+import threading
+import numpy as np
+import foreign
+from numbabn import c
+x = np.random.default_rng(0).standard_normal((16, 64, 28, 28), np.float32)
+assert c.table("float32", "statistics", parallel=True).threads == 1
+def run():
+    for _ in range(50):
+        call, _ = foreign.statistics(x, threads=2, axis=1)
+        assert call.run() == c.Status.OK
+threads = [threading.Thread(target=run) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def run_python(code, **environment):
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment = os.environ | environment | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 def test_a_forked_child_keeps_to_its_thread():
     """OpenMP would abort."""
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = os.environ | {"PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", FORKED], check=True, env=environment, timeout=120)
+    run_python(FORKED)
+
+
+def test_a_workqueue_is_never_entered():
+    """It would abort when two threads are in it."""
+    run_python(WORKQUEUE, NUMBA_THREADING_LAYER="workqueue")
 
 
 def test_the_header_says_what_structs_say():

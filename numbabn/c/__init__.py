@@ -71,7 +71,7 @@ def _messages() -> Any:
 
 
 @cache
-def _empty_table(dtype: str) -> Table:
+def _table(dtype: str) -> Table:
     """Make the one table for a dtype, without functions yet."""
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     kernels = _kernels[dtype] = Kernels(itemsize=kind.itemsize, type_number=kind.num, threads=1)
@@ -135,7 +135,7 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     if not names or not set(names) <= set(CALLS):
         raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {operations!r}")
     with _lock:
-        found = _empty_table(dtype)
+        found = _table(dtype)
         kernels = _kernels[dtype]
         for name in names:
             addresses = getattr(kernels, name)
@@ -181,8 +181,8 @@ def _after_fork() -> None:
     """Keep to the calling thread: Numba's others are not there."""
     global _lock
     _lock = threading.Lock()
-    for kernels in _kernels.values():
-        kernels.threads = 1
+    for dtype, kernels in _kernels.items():
+        kernels.threads = _table(dtype).threads = 1
 
 
 if hasattr(os, "register_at_fork"):
