@@ -71,11 +71,12 @@ inlined: Callable[[Callable[..., Any]], Any] = njit(**_INNER, forceinline=True)
 
 
 @cache
-def _source_stamp(folder: Path) -> str:
-    """Digest every file whose code ends up inside what is compiled of a file of a folder."""
+def _source_stamp(folder: Path | None = None) -> str:
+    """Digest every file whose code ends up inside a kernel, or what a folder has that calls one."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted({*here.glob("*.py"), *folder.glob("*.py"), here.parent / "layout.py"}):
+    others = () if folder is None else folder.glob("*.py")
+    for path in sorted({*here.glob("*.py"), *others, here.parent / "layout.py"}):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
