@@ -1,5 +1,6 @@
 """Batch normalization on NumPy arrays, without a framework."""
 
+from . import overloads as overloads
 from .fold import fold
 from .functional import (
     ForwardResult,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu
-from .libraries import DeviceArray, host_of, library_of
+from . import cpu, host
+from .libraries import CPU, DeviceArray, host_of, kind_of, library_of
 
 _INSTALL = 'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
 
@@ -43,8 +43,7 @@ def backend_of(name: str, array: Any) -> Any:
         return cuda_backend()
     if library_of(array) == "numpy":
         return cpu
-    kind = type(array).__qualname__
-    raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got {kind}")
+    raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got {kind_of(array)}")
 
 
 def _is_on_device(name: str, array: Any, stream: Any) -> bool:
@@ -53,24 +52,23 @@ def _is_on_device(name: str, array: Any, stream: Any) -> bool:
     Raises
     ------
     TypeError
-        If it is of another library, but on the host.
+        If it is on a device that is none of CUDA's, or on the host, where there are no streams.
     """
     library = library_of(array)
-    if library == "numpy" and stream is not None:
-        raise TypeError(f"stream: expected None for NumPy arrays, got {type(stream).__qualname__}")
-    if library in (None, "numpy"):
-        return False
-    host = host_of(array)
-    if host is not None:
+    where = CPU if library in (None, "numpy") else host_of(array)
+    if where not in (None, CPU):
         kind = type(array).__qualname__
-        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {host}")
-    return True
+        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {where}")
+    if library is not None and where == CPU and stream is not None:
+        expected = "None for NumPy arrays" if library == "numpy" else f"None for arrays on {CPU}"
+        raise TypeError(f"stream: expected {expected}, got {type(stream).__qualname__}")
+    return where is None
 
 
 def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
-    """See the arrays of a call, if the first is on a device, as `DeviceArray`.
+    """See the arrays of a call as `DeviceArray` if the first is on a device, else as NumPy's.
 
-    NumPy's are given as they are. So is what is no array: others say what was expected.
+    Plain NumPy arrays are given as they are. So is what is no array: others say what was expected.
 
     Raises
     ------
@@ -80,10 +78,12 @@ def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
         If this machine lacks what it takes to compute there.
     """
     name, first = next(iter(arrays.items()))
-    if not _is_on_device(name, first, stream):
+    if _is_on_device(name, first, stream):
+        seen: Iterable[Any] = cuda_backend().borrow(stream, tuple(arrays), arrays.values())
+        return seen
+    if type(first) is np.ndarray or library_of(first) is None:
         return arrays.values()
-    seen: Iterable[Any] = cuda_backend().borrow(stream, tuple(arrays), arrays.values())
-    return seen
+    return host.borrow(tuple(arrays), tuple(arrays.values()))
 
 
 def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -103,7 +103,9 @@ def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 return function(*arguments)
             if _is_on_device(first, x, stream):
                 return cuda_backend().run(function, names, stream, arguments)
-            return function(*arguments)
+            if library_of(x) is None:
+                return function(*arguments)  # which says what was expected
+            return host.run(function, names, arguments)
 
         return run
 
@@ -112,9 +114,9 @@ def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def to_numpy(array: Any) -> Any:
     """Copy an array of any library to a NumPy array, waiting for it."""
-    if isinstance(array, np.ndarray):
-        return array.copy()
     (seen,) = borrow(None, array=array)
+    if isinstance(seen, np.ndarray):
+        return seen.copy()
     return backend_of("array", seen).download(seen)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .libraries import DeviceArray, library_of
+from .libraries import DeviceArray, kind_of, library_of
 
 WIDE = (np.dtype(np.float32), np.dtype(np.float64))
 NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -98,7 +98,7 @@ def channel_axis(axis: Any, x: Any) -> int:
 def numpy_array(name: str, array: Any) -> None:
     """Check a NumPy array, or one on a device, which `backends.borrow` has checked."""
     if type(array) is not DeviceArray and library_of(array) != "numpy":
-        raise TypeError(f"{name}: expected a NumPy array, got {_kind(array)}")
+        raise TypeError(f"{name}: expected a NumPy array, got {kind_of(array)}")
 
 
 def like(name: str, array: Any, x: Any) -> None:

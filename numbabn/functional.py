@@ -8,7 +8,7 @@ import numpy as np
 from . import checks
 from .backends import backend_of, borrow, on_arrays
 from .layout import arrange
-from .libraries import namespace
+from .libraries import DeviceArray, namespace
 from .stats import BatchStats, PerChannel
 
 
@@ -176,9 +176,11 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray or CUDA array of float16, bfloat16, float32 or float64, 2 or more dimensions
-        Any strides. The other arrays of the call are NumPy's too, or of the same library on the
-        same device, and so are the results. JAX's arrays are never written.
+    x : array of float16, bfloat16, float32 or float64, 2 or more dimensions
+        NumPy's, or one on the CPU or a CUDA device of any library that exposes DLPack. Any strides.
+        The other arrays of the call are of the same library and on the same device, and so are the
+        results. Of a subclass of ndarray, y is what its ``__array_wrap__`` makes of it, and what
+        has shape (C,) is plain. JAX's arrays are never written.
     running_mean, running_var : ndarray, shape (C,), optional
         In x's dtype, or float32 beside 16-bit x, as weight and bias. In training, updated in
         place where given: ``running = (1 - momentum) * running + momentum * batch``. Required
@@ -506,7 +508,7 @@ def batch_stats(x: Any, *, axis: int = 1, stream: Any = None) -> BatchStats:
     Returns
     -------
     BatchStats
-        In float64; zeros for an empty batch. Of a CUDA array, on its device.
+        In float64; zeros for an empty batch. Of a CUDA array, on its device, else in NumPy arrays.
 
     Raises
     ------
@@ -547,8 +549,8 @@ def update_running_stats(
 
     Parameters
     ----------
-    running_mean, running_var : ndarray or CUDA array of float32 or float64, shape (C,)
-        Updated in place, by the library that they and the statistics are of.
+    running_mean, running_var : array of float32 or float64, shape (C,)
+        Updated in place; on a device by the library that they and the statistics are of.
     stats : BatchStats
         The batch's statistics.
     momentum : float
@@ -573,10 +575,7 @@ def update_running_stats(
     """
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats: expected BatchStats, got {type(stats).__qualname__}")
-    counted = stats.mean if stats.count else None
-    mean, var, counted = borrow(
-        None, running_mean=running_mean, running_var=running_var, stats=counted
-    )
+    mean, var = borrow(None, running_mean=running_mean, running_var=running_var)
     # Statistics that start empty know no number of channels yet.
     C = stats.mean.shape[0] or np.size(mean)
     for name, array in (("running_mean", mean), ("running_var", var)):
@@ -586,9 +585,13 @@ def update_running_stats(
     checks.denominator(stats.count, correction)
     checks.writable("running_mean", mean, {"running_var": var})
     checks.writable("running_var", var, {})
-    if counted is None:
+    if stats.count == 0:
         return
-    checks.numpy_array("stats", counted)
+    if type(mean) is DeviceArray:
+        borrow(None, running_mean=running_mean, stats=stats.mean)  # which says if it is elsewhere
+    else:
+        checks.numpy_array("stats", stats.mean)
+        running_mean, running_var = mean, var
     with np.errstate(all="ignore"):
         _average(running_mean, stats.mean, momentum)
         _average(running_var, stats.m2 / (stats.count - correction), momentum)

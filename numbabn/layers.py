@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks
+from . import checks, host
 from .backends import backend_of, borrow, duplicate, to_numpy
 from .functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
 from .libraries import DeviceArray, namespace
@@ -41,13 +41,16 @@ class BatchNorm:
         Which dimension of x is the channel.
     dtype : dtype
         Of parameters and running statistics. A float32 layer takes float16 and bfloat16 too.
+    correction : float
+        The running variance is divided by ``count - correction``: 1 in PyTorch and TensorFlow,
+        0 in ONNX, Keras and Flax.
 
     Attributes
     ----------
     weight, bias : ndarray, shape (C,), or None
         Scale and shift, ones and zeros at first.
     running_mean, running_var : ndarray, shape (C,), or None
-        Zeros and ones at first. The variance is the unbiased one.
+        Zeros and ones at first. The variance is the unbiased one, unless ``correction`` is given.
     num_batches_tracked : int
         Batches seen in training mode, without the empty ones.
     grad_weight, grad_bias : ndarray, shape (C,), or None
@@ -64,9 +67,10 @@ class BatchNorm:
     -----
     Weight, bias and running statistics are NumPy arrays until the first CUDA array comes: then
     copies of them in its library, on its device, take their place, and the layer takes no NumPy
-    arrays any more. `state_dict` gives NumPy arrays from anywhere, for another layer to load. JAX's
-    arrays are never written, so that with them a layer cannot track running statistics; Numba's
-    have no arithmetic, so that with them there is no `backward` in eval mode.
+    arrays any more. On the CPU they stay NumPy's, whatever library x is of. `state_dict` gives
+    NumPy arrays from anywhere, for another layer to load. JAX's arrays are never written, so that
+    on a device a layer cannot track running statistics with them; Numba's have no arithmetic, so
+    that with them there is no `backward` in eval mode.
 
     Examples
     --------
@@ -91,6 +95,7 @@ class BatchNorm:
         *,
         axis: int = 1,
         dtype: Any = np.float32,
+        correction: float = 1,
     ) -> None:
         checks.positive_integer("num_features", num_features)
         checks.integer("axis", axis)
@@ -98,6 +103,7 @@ class BatchNorm:
             checks.real("momentum", momentum)
         checks.flag("affine", affine)
         checks.flag("track_running_stats", track_running_stats)
+        checks.real("correction", correction)
         if dtype is None:  # which NumPy takes for float64
             raise TypeError("dtype: expected a float dtype, got None")
         dtype = np.dtype(dtype)
@@ -109,6 +115,7 @@ class BatchNorm:
         self.track_running_stats = bool(track_running_stats)
         self.axis = axis
         self.dtype = dtype
+        self.correction = correction
         self.training = True
         self.num_batches_tracked = 0
         self.weight = np.ones(num_features, dtype) if affine else None
@@ -123,7 +130,7 @@ class BatchNorm:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
-            f"axis={self.axis}, dtype={self.dtype})"
+            f"axis={self.axis}, dtype={self.dtype}, correction={self.correction})"
         )
 
     def __call__(self, x: Any) -> Any:
@@ -145,7 +152,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : ndarray
+        x : array
             Of the layer's dtype, or of 16 bits for a float32 layer. It is kept, not copied, for
             `backward`.
 
@@ -159,9 +166,10 @@ class BatchNorm:
         TypeError, ValueError
             As `numbabn.batch_norm`; the layer is then as it was.
         """
-        seen = x
+        seen = given = x
         if type(x) is not np.ndarray:
             (seen,) = borrow(None, x=x)
+            given = x if type(seen) is DeviceArray else seen
         backend_of("x", seen)
         checks.features(seen, self.axis, self.num_features, self.dtype)
         state = self._beside(seen)
@@ -169,7 +177,7 @@ class BatchNorm:
         weight, bias, running_mean, running_var = map(state.get, names)
         if not self.training and running_mean is not None and running_var is not None:
             y = batch_norm_inference(
-                x, running_mean, running_var, weight, bias, eps=self.eps, axis=self.axis
+                given, running_mean, running_var, weight, bias, eps=self.eps, axis=self.axis
             )
             # As they are now, whatever they will be by then.
             mean, spread = duplicate(running_mean), duplicate(running_var)
@@ -178,7 +186,7 @@ class BatchNorm:
             tracked = self.training and self.track_running_stats
             batches = self.num_batches_tracked + 1
             y, mean, invstd, _ = batch_norm_forward(
-                x,
+                given,
                 weight,
                 bias,
                 running_mean if tracked else None,
@@ -186,13 +194,14 @@ class BatchNorm:
                 momentum=1.0 / batches if self.momentum is None else self.momentum,
                 eps=self.eps,
                 axis=self.axis,
+                correction=self.correction,
             )
             if tracked and seen.size:  # an empty batch has no share in the average either
                 self.num_batches_tracked = batches
             self._pass = _Pass(x, mean, invstd, training=True)
         for name, array in state.items():
             setattr(self, name, array)
-        return y
+        return y if given is x else host.give(x, y)
 
     def backward(self, dy: Any) -> Any:
         """Gradient by the last forward pass's x; sets ``grad_weight`` and ``grad_bias``.
@@ -217,14 +226,19 @@ class BatchNorm:
         if self._pass is None:
             raise RuntimeError("backward: expected a forward pass before it, got none")
         x, mean, invstd, training = self._pass
+        given = x
+        if type(x) is not np.ndarray:
+            seen, dy_seen = borrow(None, x=x, dy=dy)
+            if type(seen) is not DeviceArray:
+                given, dy = seen, dy_seen
         if not training:
             mean, invstd = self._constants(mean, invstd)
         gradients = batch_norm_backward(
-            dy, x, self.weight, mean, invstd, axis=self.axis, training=training
+            dy, given, self.weight, mean, invstd, axis=self.axis, training=training
         )
         if self.affine:
             self.grad_weight, self.grad_bias = gradients.dweight, gradients.dbias
-        return gradients.dx
+        return gradients.dx if given is x else host.give(x, gradients.dx)
 
     def _constants(self, mean: Any, var: Any) -> tuple[Any, Any]:
         """Give mean and invstd of an eval pass in float64."""
@@ -244,8 +258,8 @@ class BatchNorm:
             elif type(x) is not DeviceArray and moved:
                 kind = type(array).__qualname__
                 raise TypeError(
-                    f"x: expected a CUDA array, since the layer's {name} is a {kind}, got "
-                    "a NumPy array; another layer takes those after load_state_dict(state_dict())"
+                    f"x: expected a CUDA array, since the layer's {name} is a {kind}, got one "
+                    "on the host; another layer takes those after load_state_dict(state_dict())"
                 )
         return state
 

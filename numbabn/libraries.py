@@ -18,18 +18,41 @@ _CLASSES = {
     "numba": ("DeviceNDArrayBase", "FakeCUDAArray"),  # on a GPU, and in numba's simulator
     "jaxlib": ("ArrayImpl",),
 }
+# Arrays that are none in here, by their class likewise, and what to do with one.
+_REFUSED = {
+    ("numpy", "MaskedArray"): "whose mask would be ignored; its data and filled(value) have none",
+    ("dask", "Array"): "which is not computed yet; its map_blocks takes numbabn's functions",
+    ("xarray", "DataArray"): "whose array xarray.apply_ufunc gives to numbabn's functions",
+}
 # Where a library has sqrt, isfinite, where, full_like, zeros_like and ones_like.
 _NAMESPACES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jaxlib": "jax.numpy"}
 ANY = "any other library"
+CPU = "the CPU"
+
+
+def _classes(kind: type) -> list[tuple[str, str]]:
+    """List the classes that a type is one of, as first part of the module and name."""
+    return [(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__]
+
+
+@cache
+def _reason(kind: type) -> str | None:
+    """Say why arrays of a type are refused, if there is more to it than that they are none."""
+    for base in _classes(kind):
+        if base in _REFUSED:
+            return _REFUSED[base]
+    ndarray = np.ndarray
+    if issubclass(kind, ndarray) and kind.__array_function__ is not ndarray.__array_function__:
+        return "whose __array_function__ NumPy would ask; its view(numpy.ndarray) has none"
+    return None
 
 
 @cache
 def _of_type(kind: type) -> str | None:
-    if issubclass(kind, np.ma.MaskedArray):
-        return None  # its mask would be ignored without a word
-    for base in kind.__mro__:
-        library = base.__module__.partition(".")[0]
-        if base.__name__ in _CLASSES.get(library, ()):
+    if _reason(kind) is not None:
+        return None
+    for library, name in _classes(kind):
+        if name in _CLASSES.get(library, ()):
             return library
     protocols = ("__cuda_array_interface__", "__dlpack_device__")
     return ANY if any(hasattr(kind, name) for name in protocols) else None
@@ -39,6 +62,18 @@ def library_of(array: Any) -> str | None:
     """Name an array's library: `ANY` if it has a protocol alone, None if it is no array."""
     kind: type = type(array)
     return _of_type(kind)
+
+
+def kind_of(value: Any) -> str:
+    """Name what came instead of an array, and why it is refused."""
+    kind: type = type(value)
+    reason = _reason(kind)
+    return kind.__qualname__ if reason is None else f"{kind.__qualname__}, {reason}"
+
+
+def is_dask(array: Any) -> bool:
+    """Whether an array is Dask's: a plan to make one in blocks."""
+    return ("dask", "Array") in _classes(type(array))
 
 
 def host_of(array: Any) -> str | None:
@@ -51,7 +86,7 @@ def host_of(array: Any) -> str | None:
         where = array.platform().replace("gpu", "cuda")
     elif library == ANY and hasattr(array, "__dlpack_device__"):
         where = "cpu" if array.__dlpack_device__()[0] == 1 else "cuda"
-    return None if where == "cuda" else f"the {where.upper()}"
+    return {"cuda": None, "cpu": CPU}.get(where, f"the {where.upper()}")
 
 
 def namespace(name: str, array: Any) -> Any:

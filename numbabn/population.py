@@ -1,11 +1,14 @@
 """Statistics of a whole data set, batch by batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+
+from . import checks
 from .functional import batch_stats
-from .libraries import library_of, namespace
+from .libraries import is_dask, kind_of, library_of, namespace
 from .stats import BatchStats
 
 
@@ -16,8 +19,10 @@ def population_stats(
 
     Parameters
     ----------
-    batches : iterable of arrays, or one array or memmap
-        One array is a data set in one piece; a memmap is read from disk as it is summed.
+    batches : iterable of arrays, one array or memmap, or a Dask array
+        One array is a data set in one piece; a memmap is read from disk as it is summed. Of a Dask
+        array, what lies between its chunks' borders on all axes but the channel's is a batch; one
+        chunk at a time is computed, by Dask's scheduler, and held.
     axis : int
         Which dimension is the channel.
     method : {"exact", "paper"}
@@ -51,13 +56,29 @@ def population_stats(
     """
     if method not in ("exact", "paper"):
         raise ValueError(f"method: expected 'exact' or 'paper', got {method!r}")
-    if library_of(batches) is not None:
-        batches = [batches]
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable, got {type(batches).__qualname__}")
-    # A generator's variable would keep each batch until the next one is there; map lets go of it.
-    each = map(partial(batch_stats, axis=axis), batches)
+    each: Iterable[BatchStats]
+    if is_dask(batches):
+        each = _of_chunks(batches, axis)
+    else:
+        if library_of(batches) is not None:
+            batches = [batches]
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable, got {kind_of(batches)}")
+        # A generator's variable would keep each batch until the next is there; map lets go of it.
+        each = map(partial(batch_stats, axis=axis), batches)
     return _paper(each) if method == "paper" else sum(each, BatchStats())
+
+
+def _of_chunks(array: Any, axis: Any) -> Iterator[BatchStats]:
+    """Statistics of each batch of a Dask array, one chunk in memory at a time."""
+    checks.data("batches", array)
+    axis = checks.channel_axis(axis, array)
+    chunks = array.to_delayed()
+    for batch in np.moveaxis(chunks, axis, -1).reshape(-1, chunks.shape[axis]):
+        # Each has some of the channels, of as many values.
+        parts = [batch_stats(chunk.compute(), axis=axis) for chunk in batch]
+        mean = np.concatenate([part.mean for part in parts])
+        yield BatchStats(parts[0].count, mean, np.concatenate([part.m2 for part in parts]))
 
 
 def _paper(each: Iterable[BatchStats]) -> BatchStats:

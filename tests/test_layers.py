@@ -130,6 +130,17 @@ class TestAgainstTheOracle:
             layer.running_var, np.mean([x.var(axis=0, ddof=1) for x in seen], axis=0), rtol=1e-13
         )
 
+    @pytest.mark.parametrize("correction", [0, 0.5, 1])
+    def test_correction_of_the_running_variance(self, correction):
+        layer = BatchNorm(C, dtype=np.float64, correction=correction)
+        x, _ = batch((8, C))
+        layer(x)
+        expected = reference.running_update(
+            np.zeros(C), np.ones(C), *reference.statistics(x), correction=correction
+        )
+        np.testing.assert_allclose(layer.running_mean, expected[0], rtol=1e-13)
+        np.testing.assert_allclose(layer.running_var, expected[1], rtol=1e-13)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_without_weight_and_bias(self, training):
         layer, ones = (BatchNorm(C, affine=a, dtype=np.float64).train(training) for a in (0, 1))
@@ -186,7 +197,7 @@ class TestMode:
         layer = BatchNorm(3, 1e-3, None, False, axis=-1, dtype=np.float64)
         assert repr(layer) == (
             "BatchNorm(3, eps=0.001, momentum=None, affine=False, track_running_stats=True, "
-            "axis=-1, dtype=float64)"
+            "axis=-1, dtype=float64, correction=1)"
         )
 
 
@@ -330,6 +341,7 @@ class TestErrors:
             ({"momentum": np.inf}, ValueError, "momentum: expected a finite number, got inf"),
             ({"momentum": "no"}, TypeError, "momentum: expected a real number, got str"),
             ({"momentum": True}, TypeError, "momentum: expected a real number, got bool"),
+            ({"correction": "1"}, TypeError, "correction: expected a real number, got str"),
             ({"affine": "no"}, TypeError, "affine: expected True or False, got 'no'"),
             ({"track_running_stats": None}, TypeError, "track_running_stats: expected True or"),
             (

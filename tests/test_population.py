@@ -168,3 +168,96 @@ def test_axis_and_method_errors():
         numbabn.population_stats([np.ones((4, 3))], axis=2)
     with pytest.raises(ValueError, match=r"method: expected 'exact' or 'paper', got 'Exact'"):
         numbabn.population_stats([np.ones((4, 3))], method="Exact")
+
+
+@pytest.fixture
+def dask_array():
+    return pytest.importorskip("dask.array")
+
+
+class TestDask:
+    @methods
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize(
+        ("shape", "axis", "chunks"),
+        [
+            ((19, 3), 1, ((5, 2, 9, 3), 3)),
+            ((19, 3, 4, 6), 1, ((5, 14), 3, 2, (5, 1))),
+            ((19, 7), 1, ((5, 14), (3, 4))),
+            ((9, 4, 5, 7), -1, ((2, 7), 4, 5, (1, 2, 4))),
+            ((7, 9), 0, ((3, 4), (5, 4))),
+        ],
+        ids=str,
+    )
+    def test_against_the_oracle(self, dask_array, shape, axis, chunks, dtype, method):
+        x = cases.normal(shape, dtype, offset=10)
+        plan = dask_array.from_array(x, chunks=chunks)
+        # A batch has all channels, whatever chunks these are in.
+        whole = plan.rechunk({axis % x.ndim: -1})
+        given = [np.asarray(whole.blocks[i]) for i in np.ndindex(whole.numblocks)]
+        close(numbabn.population_stats(plan, axis=axis, method=method), given, axis, method)
+
+    @methods
+    @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+    def test_holds_one_chunk(self, dask_array, scheduler, method):
+        dask = pytest.importorskip("dask")
+        alive, at_once = [], []
+
+        def load(block_info=None):
+            at_once.append(sum(made() is not None for made in alive))
+            seed = block_info[None]["chunk-location"][0]
+            fresh = cases.normal(block_info[None]["chunk-shape"], seed=seed)
+            alive.append(weakref.ref(fresh))
+            return fresh
+
+        chunks, meta = ((4, 5, 6, 7), (3, 2)), np.empty((0, 0))
+        plan = dask_array.map_blocks(load, chunks=chunks, meta=meta)
+        with dask.config.set(scheduler=scheduler):
+            stats = numbabn.population_stats(plan, method=method)
+        assert stats.count == 22
+        assert at_once == [0] * 8
+
+    @methods
+    def test_empty_chunks_are_left_out(self, dask_array, method):
+        x = cases.normal((7, 3))
+        plan = dask_array.from_array(x, chunks=((0, 4, 0, 3), (3,)))
+        close(numbabn.population_stats(plan, method=method), [x[:4], x[4:]], 1, method)
+
+    def test_sixteen_bits(self, dask_array):
+        x = cases.normal((7, 3), np.float16)
+        close(
+            numbabn.population_stats(dask_array.from_array(x, chunks=4)), [x[:4], x[4:]], 1, "exact"
+        )
+
+    @methods
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "axis", "error", "message"),
+        [
+            ((4, 3), int, 1, TypeError, "batches: expected float16, .* or float64, got int64"),
+            ((4, 3), ">f4", 1, TypeError, "batches: expected .*, got >f4 .byte-swapped.|>f4"),
+            ((4,), float, 1, ValueError, r"batches: expected 2 or more dimensions, got .*\(4,\)"),
+            ((4, 3), float, 2, ValueError, "axis: expected -2 to 1 .*, got 2"),
+            ((4, 3), float, 1.0, TypeError, "axis: expected an integer, got float"),
+        ],
+    )
+    def test_refused_before_anything_is_computed(
+        self, dask_array, shape, dtype, axis, error, message, method
+    ):
+        def load():
+            raise AssertionError("computed")
+
+        meta = np.empty([0] * len(shape), dtype)
+        plan = dask_array.map_blocks(load, chunks=[(n,) for n in shape], meta=meta)
+        with pytest.raises(error, match=message):
+            numbabn.population_stats(plan, axis=axis, method=method)
+
+    def test_chunks_of_another_kind(self, dask_array):
+        plan = dask_array.from_array(np.ones((4, 3)), chunks=2).map_blocks(np.ma.masked_array)
+        with pytest.raises(TypeError, match=r"x: expected a NumPy array .*, got MaskedArray"):
+            numbabn.population_stats(plan)
+
+    def test_chunks_of_one_value(self, dask_array):
+        plan = dask_array.from_array(cases.normal((4, 3)), chunks=(1, 3))
+        close(numbabn.population_stats(plan), np.split(np.asarray(plan), 4), 1, "exact")
+        with pytest.raises(ValueError, match=r"^batches: expected more than one value.*, got 1"):
+            numbabn.population_stats(plan, method="paper")

@@ -6,15 +6,12 @@ Everything is found as for calls from Python, so that the bits are the same.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from .. import layout
 from ..cpu import schedule
 from ..cpu.compilation import PARALLEL_BYTES, primitive
 from ..cpu.intrinsics import LINE
+from ..cpu.native import see
 from .addresses import allocate, copy, free, read, view
-
-register_jitable(layout.see)
 
 
 class Operation(NamedTuple):
@@ -87,9 +84,7 @@ def _see(arrays, contiguous):
             fits = fits and stride % arrays.itemsize == 0
             steps[there, i] = stride // arrays.itemsize
         there += 1
-    viewable, in_rows, N, C, S, adjoining, each = layout.see(
-        arrays.shape, arrays.axis, steps[:there]
-    )
+    viewable, in_rows, N, C, S, adjoining, each = see(arrays.shape, arrays.axis, steps[:there])
     return fits and viewable, in_rows, N, C, S, adjoining, each
 
 

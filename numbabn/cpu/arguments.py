@@ -222,6 +222,17 @@ def strided(typing_context, array, like):
 
 
 @intrinsic
+def address_of(typing_context, array):
+    """Give the address of a view's, or of numbers', first element; 0 of None."""
+
+    def codegen(context, builder, signature, args):
+        struct = cgutils.create_struct_proxy(array)(context, builder, value=args[0])
+        return builder.ptrtoint(struct.data, _I64)
+
+    return types.intp(array), codegen
+
+
+@intrinsic
 def itemsize_of(typing_context, view):
     """Give the bytes of an element."""
 

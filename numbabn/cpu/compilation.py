@@ -8,16 +8,18 @@ import types
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import llvmlite.binding as llvm
 import numba
 from numba import njit
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
-from numba.extending import typeof_impl
+from numba.extending import intrinsic
 
 from . import arguments
 
@@ -126,6 +128,88 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+def _digest(kinds: tuple[Any, ...]) -> str:
+    """Tell functions apart by types of arguments and version."""
+    return hashlib.sha256(f"{kinds} {_source_stamp()}".encode()).hexdigest()[:16]
+
+
+class _Linked:
+    """A function that compiled functions call by a symbol.
+
+    Numba would put a copy of it into each of them, which takes 5 to 20 s to compile. Its address is
+    told as a caller is compiled. A caller that numba has kept on disk tells it as it is loaded: by
+    what lies among its constants, a `_Symbol`.
+    """
+
+    known: ClassVar[dict[str, "_Linked"]] = {}
+
+    def __init__(self, name: str, dispatcher: Callable[[], Any]) -> None:
+        self.name = name
+        self._dispatcher = dispatcher
+        self.known[name] = self
+
+    def compiled(self, kinds: tuple[Any, ...]) -> tuple[Any, str]:
+        """Compile it for types of arguments; give the type of its result, and its symbol."""
+        dispatcher = self._dispatcher()
+        dispatcher.compile(kinds)
+        found = dispatcher.overloads[kinds]
+        symbol = f"numbabn_{self.name}_{_digest(kinds)}"
+        address = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+        llvm.add_symbol(symbol, address)
+        return found.signature.return_type, symbol
+
+
+class _Symbol:
+    """A constant of a function that calls one that is linked."""
+
+    def __init__(self, name: str, kinds: tuple[Any, ...], symbol: str) -> None:
+        self._state = name, kinds, symbol
+
+    def __reduce__(self) -> Any:
+        return _symbol, self._state
+
+
+def _symbol(name: str, kinds: tuple[Any, ...], symbol: str) -> _Symbol:
+    """Give the symbol its address, before the function that was kept is linked."""
+    if name not in _Linked.known or _Linked.known[name].compiled(kinds)[1] != symbol:
+        raise OSError("kept by another version of numbabn")  # numba compiles it anew
+    return _Symbol(name, kinds, symbol)
+
+
+def _linked(name: str, dispatcher: Callable[[], Any]) -> Any:
+    """Make what compiled functions call with a tuple of arguments."""
+    target = _Linked(name, dispatcher)
+
+    @intrinsic
+    def call(typing_context, arguments):
+        kinds = tuple(numba.types.unliteral(kind) for kind in arguments)
+        result, symbol = target.compiled(kinds)
+
+        def codegen(context, builder, signature, args):
+            values = [
+                context.cast(builder, value, kind, wanted)
+                for value, kind, wanted in zip(
+                    cgutils.unpack_tuple(builder, args[0]), arguments, kinds, strict=True
+                )
+            ]
+            context.get_env_manager(builder).add_const(_Symbol(name, kinds, symbol))
+            kind = context.call_conv.get_function_type(result, kinds)
+            callee = cgutils.get_or_insert_function(builder.module, kind, symbol)
+            status, value = context.call_conv.call_function(builder, callee, result, kinds, values)
+            with cgutils.if_unlikely(builder, status.is_error):
+                context.call_conv.return_status_propagate(builder, status)
+            return value
+
+        return result(arguments), codegen
+
+    return call
+
+
+def native(function: Callable[..., Any]) -> Any:
+    """Decorate what compiled functions call with a tuple of arguments; kept as kernels are."""
+    return _linked(function.__name__, cache(lambda: _compile(function, "native")))
+
+
 def _kind(name: str, stored: Any) -> Any:
     if name == "Numbers":
         return arguments.numbers
@@ -146,6 +230,8 @@ class Kernel:
         self._function = function
         self._kinds = kinds
         self._compiled: dict[tuple[str, bool], Callable[..., Any]] = {}
+        # For compiled functions: the serial one, as their thread may be one of many.
+        self.linked = _linked(self.__name__, lambda: self.serial)
 
     @cached_property
     def serial(self) -> Any:
@@ -208,26 +294,6 @@ class Kernel:
                 _reentrant = numba.threading_layer() != "workqueue"
 
 
-class Native:
-    """What compiled functions call; compiled for each dtype, and kept, as kernels are."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.__doc__ = function.__doc__
-        self.__name__ = function.__name__
-        self._function = function
-
-    @cached_property
-    def serial(self) -> Any:
-        return _compile(self._function, "native")
-
-
-@typeof_impl.register(Kernel)
-@typeof_impl.register(Native)
-def _type_of(function: Kernel | Native, context: Any) -> Any:
-    """Let compiled functions call either: the serial one, as they may be on one of many threads."""
-    return numba.types.Dispatcher(function.serial)
-
-
 def threads_for(nbytes: int) -> int:
     """Choose how many threads move so many bytes."""
     if nbytes < PARALLEL_BYTES or _threadless:
@@ -266,11 +332,6 @@ class Entry:
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate a loop over threads; see `Kernel`."""
     return lambda function: Kernel(function, *kinds)
-
-
-def native(function: Callable[..., Any]) -> Native:
-    """Decorate what compiled functions call; see `Native`."""
-    return Native(function)
 
 
 def cache_folder(of: Kernel) -> str | None:

@@ -2,13 +2,15 @@
 
 Views and plans are found as for calls from Python, so that the bits are the same. Arrays come as
 addresses, sizes and steps: there is one function per operation and dtype, kept on disk as kernels
-are. Each gives False, and has done nothing, where the arrays have no view in common.
+are; it is called with a tuple of its arguments. Each gives False, and has done nothing, where the
+arrays have no view in common.
 
 Numba frees an array after its last use and knows nothing of addresses: whoever takes one of an
 array must have the array as an argument, which the caller holds until the function returns.
 """
 
 import numpy as np
+from numba import njit
 from numba.extending import register_jitable
 
 from ..layout import see
@@ -17,22 +19,167 @@ from .arguments import (
     Backward,
     Forward,
     Memory,
+    address_of,
     itemsize_of,
+    number,
     room,
     room_computed,
     room_wide,
+    set_number,
     stepping,
 )
 from .compilation import native, primitive
 from .intrinsics import LINE
 from .schedule import PIPED, SUMMED, cache_bytes, cut_planes, cut_rows, rooms
 
+checked = njit(nogil=True, error_model="numpy")
 _L2, _L3 = cache_bytes(2), cache_bytes(3)
 
 register_jitable(see)
 
 
-@primitive
+# Checks, before anything is written. Row k of `shapes` and `steps` is of map k.
+
+
+@checked
+def _front_axis(axis, shapes, x):
+    """Count the channel axis from the front; give the values per channel, too."""
+    ndim = shapes.shape[1]
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis: expected {-ndim} to {ndim - 1}, got {axis}")
+    axis %= ndim
+    count = 1
+    for i in range(ndim):
+        if i != axis:
+            count *= shapes[x, i]
+    if shapes[x, axis] == 0:
+        raise ValueError(f"x: expected a channel or more along axis {axis}, got 0")
+    return axis, count
+
+
+@checked
+def _check_shape(name, shapes, k, x):
+    for i in range(shapes.shape[1]):
+        if shapes[k, i] != shapes[x, i]:
+            raise ValueError(
+                f"{name}: expected the shape of x, got {shapes[k, i]} along axis {i}, "
+                f"where x has {shapes[x, i]}"
+            )
+
+
+@checked
+def _check_length(name, length, C):
+    if length >= 0 and length != C:
+        raise ValueError(f"{name}: expected shape ({C},), got ({length},)")
+
+
+@checked
+def _check_eps(eps):
+    if not 0 <= eps < np.inf:
+        raise ValueError("eps: expected a finite number, 0 or more")
+
+
+@checked
+def _check_trainable(count):
+    if count == 1:
+        raise ValueError("x: expected more than one value per channel in training, got 1")
+
+
+@checked
+def _check_averaging(count, momentum, correction):
+    if not np.isfinite(momentum):
+        raise ValueError("momentum: expected a finite number")
+    if not np.isfinite(correction):
+        raise ValueError("correction: expected a finite number")
+    if count and count - correction <= 0:
+        raise ValueError(f"correction: expected less than the {count} values per channel")
+
+
+@checked
+def _span(view, shapes, steps, k):
+    """Give the first address of a map's memory, and the first behind it; 0, 0 of none."""
+    low = high = address_of(view)
+    if low == 0:
+        return low, high
+    for i in range(shapes.shape[1]):
+        if shapes[k, i] == 0:
+            return low, low
+        reach = steps[k, i] * (shapes[k, i] - 1) * itemsize_of(view)
+        low += min(reach, 0)
+        high += max(reach, 0)
+    return low, high + itemsize_of(view)
+
+
+@checked
+def _numbers_span(array, C):
+    low = address_of(array)
+    reach = array.step * (C - 1)
+    return low + min(reach, 0), low + max(reach, 0) + (8 if low else 0)
+
+
+@checked
+def _check_apart(name, target, other, array):
+    """Unlike in Python, memory that lies between an array's elements counts as its own."""
+    if target[0] < array[1] and array[0] < target[1]:
+        raise ValueError(f"{name}: expected memory of its own, got an overlap with {other}")
+
+
+@checked
+def _check_in_place(other, target, array, shapes, steps, k, m):
+    """Check the map written first, `k`, against a map `m` that it may be."""
+    same = target == array
+    for i in range(shapes.shape[1]):
+        same = same and (shapes[k, i] == 1 or steps[k, i] == steps[m, i])
+    if not same:
+        _check_apart("out", target, other, array)
+
+
+@checked
+def _check_distinct(shapes, steps, k):
+    for i in range(shapes.shape[1]):
+        if steps[k, i] == 0 and shapes[k, i] > 1:
+            raise ValueError(
+                f"out: expected distinct elements in memory, got a step of 0 along axis {i}"
+            )
+
+
+@checked
+def _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, training):
+    """Check a forward pass or inference; give axis and values per channel."""
+    axis, count = _front_axis(axis, shapes, 1)
+    C = shapes[1, axis]
+    _check_shape("out", shapes, 0, 1)
+    _check_shape("residual", shapes, 2, 1)
+    _check_length("weight", lengths[0], C)
+    _check_length("bias", lengths[1], C)
+    _check_length("running_mean", lengths[2], C)
+    _check_length("running_var", lengths[3], C)
+    _check_eps(settings.eps)
+    weight, bias = _numbers_span(parameters.weight, C), _numbers_span(parameters.bias, C)
+    mean, var = _numbers_span(parameters.running_mean, C), _numbers_span(parameters.running_var, C)
+    y, x = _span(maps.y, shapes, steps, 0), _span(maps.x, shapes, steps, 1)
+    residual = _span(maps.residual, shapes, steps, 2)
+    if training:
+        _check_trainable(count)
+        averaged = count if lengths[3] >= 0 else 0
+        _check_averaging(averaged, settings.momentum, settings.correction)
+        _check_apart("running_mean", mean, "running_var", var)
+        for name, array in (("running_mean", mean), ("running_var", var)):
+            _check_apart(name, array, "x", x)
+            _check_apart(name, array, "residual", residual)
+            _check_apart(name, array, "weight", weight)
+            _check_apart(name, array, "bias", bias)
+    _check_distinct(shapes, steps, 0)
+    _check_in_place("x", y, x, shapes, steps, 0, 1)
+    _check_in_place("residual", y, residual, shapes, steps, 0, 2)
+    _check_apart("out", y, "weight", weight)
+    _check_apart("out", y, "bias", bias)
+    _check_apart("out", y, "running_mean", mean)
+    _check_apart("out", y, "running_var", var)
+    return axis, count
+
+
+@checked
 def _run(kernel, buffer, cut, maps, second, third):
     """Call a kernel with room to work in."""
     x = maps.x
@@ -45,7 +192,7 @@ def _run(kernel, buffer, cut, maps, second, third):
         room_computed(buffer, at + slab + spares + sums, cut.constants, x),
         room_wide(buffer, at + slab + spares + sums + constants, cut.partials, x),
     )
-    kernel(maps, second, third, memory, cut.shape)
+    kernel((maps, second, third, memory, cut.shape))
 
 
 @primitive
@@ -71,10 +218,10 @@ def _sweep(operation, on_planes, on_rows):
     return sweep
 
 
-_forward = _sweep("forward", planes.forward_planes, rows.forward_rows)
-_normalize = _sweep("normalize", planes.normalize_planes, rows.normalize_rows)
-_backward = _sweep("backward", planes.backward_planes, rows.backward_rows)
-_statistics = _sweep("statistics", planes.statistics_planes, rows.statistics_rows)
+_forward = _sweep("forward", planes.forward_planes.linked, rows.forward_rows.linked)
+_normalize = _sweep("normalize", planes.normalize_planes.linked, rows.normalize_rows.linked)
+_backward = _sweep("backward", planes.backward_planes.linked, rows.backward_rows.linked)
+_statistics = _sweep("statistics", planes.statistics_planes.linked, rows.statistics_rows.linked)
 
 
 @primitive
@@ -89,36 +236,74 @@ def _stepping(maps, steps):
 
 
 @native
-def forward(maps, parameters, settings, shape, axis, steps):
+def forward(maps, parameters, lengths, settings, shapes, axis, steps):
     """Statistics, normalize and running averages."""
-    fits, in_rows, N, C, S, adjoining, steps = see(shape, axis, steps)
+    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, True)
+    if count == 0:
+        for c in range(shapes[1, axis]):
+            set_number(parameters.mean, c, 0.0)
+            set_number(parameters.invstd, c, 1.0 / np.sqrt(settings.eps))
+        return True
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps)
     if fits:
         _forward(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
 
 
 @native
-def normalize(maps, parameters, settings, shape, axis, steps):
+def normalize(maps, parameters, lengths, settings, shapes, axis, steps):
     """Normalize by running statistics."""
-    fits, in_rows, N, C, S, adjoining, steps = see(shape, axis, steps)
+    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, False)
+    if count == 0:
+        return True
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps)
     if fits:
         _normalize(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
 
 
 @native
-def statistics(maps, mean, m2, shape, axis, steps):
-    """Mean and M2 of each channel."""
-    fits, in_rows, N, C, S, adjoining, steps = see(shape, axis, steps)
+def statistics(maps, mean, m2, shapes, axis, steps):
+    """Mean and M2 of each channel, which are 0 beforehand; axis and values per channel, too."""
+    axis, count = _front_axis(axis, shapes, 0)
+    if count == 0:
+        return True, count
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[0], axis, steps)
     if fits:
-        _statistics(in_rows, N, C, S, adjoining, _stepping(maps, steps), mean, m2)
-    return fits
+        maps = Forward(maps.y, stepping(maps.x, steps, 0), maps.residual, maps.mask)
+        _statistics(in_rows, N, C, S, adjoining, maps, mean, m2)
+    return fits, count
 
 
 @native
-def backward(maps, gradients, training, shape, axis, steps):
-    """Gradients by x, weight, bias and residual."""
-    fits, in_rows, N, C, S, adjoining, steps = see(shape, axis, steps)
+def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
+    """Gradients by x, weight, bias and residual; `bits` is the mask's length, or -1."""
+    axis, count = _front_axis(axis, shapes, 3)
+    C = shapes[3, axis]
+    _check_shape("dy", shapes, 2, 3)
+    _check_shape("out", shapes, 0, 3)
+    _check_length("weight", lengths[0], C)
+    _check_length("mean", lengths[1], C)
+    _check_length("invstd", lengths[2], C)
+    if training:
+        _check_trainable(count)
+    if bits >= 0 and bits != (count * C + 7) // 8:
+        raise ValueError(f"mask: expected shape ({(count * C + 7) // 8},), got ({bits},)")
+    dx = _span(maps.dx, shapes, steps, 0)
+    _check_distinct(shapes, steps, 0)
+    _check_in_place("dy", dx, _span(maps.dy, shapes, steps, 2), shapes, steps, 0, 2)
+    _check_in_place("x", dx, _span(maps.x, shapes, steps, 3), shapes, steps, 0, 3)
+    _check_apart("out", dx, "weight", _numbers_span(gradients.weight, C))
+    _check_apart("out", dx, "mean", _numbers_span(gradients.mean, C))
+    _check_apart("out", dx, "invstd", _numbers_span(gradients.invstd, C))
+    first = address_of(maps.mask)
+    _check_apart("out", dx, "mask", (first, first + max(bits, 0)))
+    if count == 0:
+        for c in range(C):
+            set_number(gradients.dweight, c, 0.0)
+            set_number(gradients.dbias, c, 0.0)
+        return True
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[3], axis, steps)
     if fits:
         maps = Backward(
             stepping(maps.dx, steps, 0),
@@ -129,3 +314,24 @@ def backward(maps, gradients, training, shape, axis, steps):
         )
         _backward(in_rows, N, C, S, adjoining, maps, gradients, training)
     return fits
+
+
+@native
+def update(
+    running_mean, running_var, mean_length, var_length, count, mean, m2, C, momentum, correction
+):  # fmt: skip
+    """Update running statistics by those of a batch; an empty one, of any length, does nothing."""
+    # Statistics that start empty know no number of channels yet.
+    C = C if C else mean_length
+    _check_length("running_mean", mean_length, C)
+    _check_length("running_var", var_length, C)
+    _check_averaging(count, momentum, correction)
+    _check_apart(
+        "running_mean", _numbers_span(running_mean, C), "running_var", _numbers_span(running_var, C)
+    )
+    if count:
+        for c in range(C):
+            batch = number(mean, c)
+            set_number(running_mean, c, (1 - momentum) * number(running_mean, c) + momentum * batch)
+            batch = number(m2, c) / (count - correction)
+            set_number(running_var, c, (1 - momentum) * number(running_var, c) + momentum * batch)

@@ -598,6 +598,66 @@ def put(typing_context, y, index, value):
     return types.void(y, types.int64, y.computed), codegen
 
 
+# Four neighbours of a caller's own array, of any numbers: see `device`.
+
+
+def _four(context, builder, array, value, index):
+    """Give where four numbers of an array lie, as a pointer to a vector, and their bytes."""
+    number = context.get_data_type(array.dtype)
+    nbytes = 4 * context.get_abi_sizeof(number)
+    data = context.make_array(array)(context, builder, value).data
+    first = builder.gep(data, [index], source_etype=number)
+    kind = ir.VectorType(number, 4)
+    return builder.bitcast(first, kind.as_pointer()), kind, nbytes
+
+
+def _is_row(array):
+    """Whether neighbours of an array are neighbours in memory."""
+    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+
+
+@intrinsic
+def is_aligned(typing_context, x, index):
+    """Whether one access can move four numbers of x from an index on."""
+
+    def codegen(context, builder, signature, args):
+        address, _, nbytes = _four(context, builder, x, *args)
+        address = builder.ptrtoint(address, _I64)
+        return builder.icmp_unsigned("==", builder.and_(address, _I64(nbytes - 1)), _I64(0))
+
+    return (types.boolean(x, types.int64), codegen) if _is_row(x) else None
+
+
+@intrinsic
+def get_four(typing_context, x, index):
+    """Load four numbers of x by one access."""
+
+    def codegen(context, builder, signature, args):
+        address, kind, nbytes = _four(context, builder, x, *args)
+        value = builder.load(address, align=nbytes, typ=kind)
+        numbers = [builder.extract_element(value, _I32(k)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return (types.UniTuple(x.dtype, 4)(x, types.int64), codegen) if _is_row(x) else None
+
+
+@intrinsic
+def put_four(typing_context, y, index, numbers):
+    """Store four numbers of y by one access."""
+
+    def codegen(context, builder, signature, args):
+        address, kind, nbytes = _four(context, builder, y, *args[:2])
+        value = ir.Constant(kind, ir.Undefined)
+        for k in range(4):
+            number = builder.extract_value(args[2], k)
+            value = builder.insert_element(value, number, _I32(k))
+        builder.store(value, address, align=nbytes)
+        return context.get_dummy_value()
+
+    four = types.UniTuple(y.dtype, 4) if _is_row(y) else None
+    return four and (types.void(y, types.int64, four), codegen)
+
+
 def _at(format_name):
     @intrinsic
     def numbers_at(typing_context, address):

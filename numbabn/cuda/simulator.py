@@ -124,7 +124,10 @@ _here = _Here()
 
 def _wait(why: str, value: Any = None) -> list[Any]:
     """Let all other threads come as far as this one; give what each has brought."""
-    brought: list[Any] = getcurrent().parent.switch((why, value))
+    runner = getcurrent().parent
+    if runner is None:
+        raise RuntimeError("expected `run` to run the threads, got Numba's own, without exchanges")
+    brought: list[Any] = runner.switch((why, value))
     return brought
 
 
@@ -393,6 +396,26 @@ def get(x: Flat, index: int) -> Any:
 
 def put(y: Flat, index: int, value: Any) -> None:
     y.at(index, 1)[...] = value
+
+
+def is_aligned(x: Any, index: int) -> bool:
+    return bool((x.ctypes.data + index * x.itemsize) % (4 * x.itemsize) == 0)
+
+
+def _four(x: Any, index: int) -> Any:
+    if not 0 <= index <= index + 4 <= len(x):
+        raise IndexError(f"4 numbers from {index} on, of {len(x)}")
+    if not is_aligned(x, index):
+        raise IndexError(f"{4 * x.itemsize} bytes at an address that is no multiple of them")
+    return x[index : index + 4]
+
+
+def get_four(x: Any, index: int) -> Any:
+    return tuple(_four(x, index))
+
+
+def put_four(y: Any, index: int, numbers: Any) -> None:
+    _four(y, index)[...] = numbers
 
 
 def _numbers_at(name: str) -> Callable[[int], Flat]:

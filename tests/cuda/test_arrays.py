@@ -112,15 +112,17 @@ class TestLibraries:
         with pytest.raises(TypeError, match="x: expected an array of a library with arithmetic"):
             namespace("x", Array())
 
-    def test_on_the_cpu_is_refused(self, torch):
-        x = torch.ones(4, 3)
-        expected = "x: expected a NumPy array or a CUDA array, got a Tensor on the CPU"
+    def test_on_no_device_that_is_known(self, torch):
+        x = torch.ones(4, 3, device="meta")
+        expected = "x: expected a NumPy array or a CUDA array, got a Tensor on the META"
         with pytest.raises(TypeError, match=expected):
             numbabn.batch_norm(x, training=True)
         with pytest.raises(TypeError, match=expected):
             numbabn.BatchNorm(3)(x)
+
+    def test_on_the_cpu_beside_numpy_is_refused(self, torch):
         with pytest.raises(TypeError, match="weight: expected a NumPy array, got Tensor"):
-            numbabn.batch_norm_forward(np.ones((4, 3), np.float32), x[0])
+            numbabn.batch_norm_forward(np.ones((4, 3), np.float32), torch.ones(3))
 
 
 class TestTorch:
