@@ -98,6 +98,12 @@ def team_for(nbytes: int) -> Team:
     return _team(count, most) if count > 1 and not layer.within_a_loop() else _team(1, 1)
 
 
+def at_once() -> int:
+    """Give how many threads calls may use that many threads make at once, uncounted by `run`."""
+    layer = _layer()
+    return 1 if _forked or layer.one_at_a_time else layer.threads()
+
+
 def run(team: Team, function: Callable[..., Any], *args: Any) -> None:
     """Call a kernel, and count it as long as it runs."""
     caller = threading.get_ident()

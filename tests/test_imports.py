@@ -28,6 +28,7 @@ LEVELS = {
     "functional": 4,
     "population": 5,
     "layers": 5,
+    "c": 5,
     "overloads": 5,
     "jax": 5,
     "sklearn": 5,

@@ -59,9 +59,20 @@ def variants(
 
 def prepare(variant: Variant) -> bool:
     """Compile a variant ahead of its first call; False if it was there already."""
+    kernel, stored = _kernel_of(variant)
+    return kernel.prepare(stored, variant.parallel)
+
+
+def _kernel_of(variant: Variant) -> tuple[compilation.Kernel, str]:
+    """Give the kernel of a variant, and what its maps store."""
     stored = {dtype.name: stored for dtype, stored in schedule.STORED.items()}
-    kernel = _KERNELS[variant.operation][variant.view]
-    return kernel.prepare(stored[variant.dtype], variant.parallel)
+    return _KERNELS[variant.operation][variant.view], stored[variant.dtype]
+
+
+def address(variant: Variant) -> int:
+    """Compile a variant; give the address at which compiled code calls it."""
+    kernel, stored = _kernel_of(variant)
+    return kernel.address(stored, variant.parallel)
 
 
 def statistics(layout: Layout) -> tuple[PerChannel, PerChannel]:

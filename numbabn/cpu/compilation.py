@@ -15,6 +15,7 @@ import numba
 from numba import njit
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
@@ -71,11 +72,12 @@ inlined: Callable[[Callable[..., Any]], Any] = njit(**_INNER, forceinline=True)
 
 
 @cache
-def _source_stamp() -> str:
-    """Digest every file whose code ends up inside a compiled kernel."""
+def _source_stamp(folder: Path | None = None) -> str:
+    """Digest every file whose code ends up inside a kernel, or what a folder has that calls one."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in (*sorted(here.glob("*.py")), here.parent / "layout.py"):
+    others = () if folder is None else folder.glob("*.py")
+    for path in sorted({*here.glob("*.py"), *others, here.parent / "layout.py"}):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -85,7 +87,7 @@ class _PackageCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._cache_file._source_stamp = _source_stamp()
+        self._cache_file._source_stamp = _source_stamp(Path(function.__code__.co_filename).parent)
 
 
 def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
@@ -238,23 +240,34 @@ class Kernel:
     def parallel(self) -> Any:
         return _compile(self._function, "parallel", parallel=True)
 
+    def signature(self, stored: Any) -> tuple[Any, ...]:
+        """Give the types of the arguments for maps of a stored dtype."""
+        return tuple(_kind(name, stored) for name in (*self._kinds, "Memory", "Shape"))
+
+    def _result(self, stored: str, parallel: bool) -> Any:
+        """Compile for maps of a stored dtype."""
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError(
+                "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
+                "compute on vectors in registers; numbabn.reference needs no compiler"
+            )
+        dispatcher = self.parallel if parallel else self.serial
+        signature = self.signature(getattr(numba.types, stored))
+        _apart(dispatcher.compile, signature)
+        return dispatcher.overloads[signature]
+
     def compiled(self, stored: str, parallel: bool) -> Callable[..., Any]:
         """Give the function for maps of a stored dtype."""
         found = self._compiled.get((stored, parallel))
         if found is None:
-            if numba.config.DISABLE_JIT:
-                raise RuntimeError(
-                    "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
-                    "compute on vectors in registers; numbabn.reference needs no compiler"
-                )
-            dispatcher = self.parallel if parallel else self.serial
-            dtype = getattr(numba.types, stored)
-            signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
-            _apart(dispatcher.compile, signature)
             # Past the dispatcher, which would ask every argument for its type.
-            found = dispatcher.overloads[signature].entry_point
-            self._compiled[stored, parallel] = found
+            found = self._compiled[stored, parallel] = self._result(stored, parallel).entry_point
         return found
+
+    def address(self, stored: str, parallel: bool) -> int:
+        """Give the function's address for maps of a stored dtype, as compiled code calls it."""
+        result = self._result(stored, parallel)
+        return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
 
     def prepare(self, stored: str, parallel: bool) -> bool:
         """Compile the function ahead of its first call; False if it was there already."""
@@ -273,6 +286,24 @@ class Kernel:
             function(*args, plan.memory, plan.shape)
         else:
             run(plan.team, function, *args, plan.memory, plan.shape)
+
+
+class Entry:
+    """What C calls: a function of pointers that gives an int32, kept on disk as kernels are."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self._function = function
+        self._compiled: Any = CFunc(function, (arguments, numba.types.int32), {}, dict(_OPTIONS))
+
+    @cached_property
+    def address(self) -> int:
+        """Where the function is, compiled."""
+        with contextlib.suppress(RuntimeError):
+            self._compiled._cache = _PackageCache(self._function)
+        self._compiled.compile()
+        return int(self._compiled.address)
 
 
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:

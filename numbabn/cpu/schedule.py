@@ -29,7 +29,7 @@ STORED = {
     np.dtype(np.float16): "uint16",
     np.dtype(ml_dtypes.bfloat16): "int16",
 }
-_SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
+SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
 SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
 PIPED = ("forward", "backward")
 POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call ...
@@ -224,7 +224,7 @@ def _cut(
 def plan(operation: str, layout: Layout) -> Plan:
     """Cut a call's work, and find memory for it."""
     kind, sizes, adjoining, dtype, _, _, _ = layout
-    team = team_for(math.prod(sizes) * dtype.itemsize * _SWEEPS[operation])
+    team = team_for(math.prod(sizes) * dtype.itemsize * SWEEPS[operation])
     key = operation, kind, sizes, adjoining, dtype, team
     found = _pool.plans.get(key)
     if found is None:

@@ -70,15 +70,21 @@ def test_kernels_are_kept_on_disk_under_a_stamp_of_every_file():
 
 
 def test_the_stamp_follows_any_file(tmp_path, monkeypatch):
-    for name in ("a.py", "b.py"):
+    files = ("cpu/a.py", "cpu/b.py", "layout.py", "c/a.py")
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("pass\n")
-    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "schedule.py"))
-    stamps = set()
-    for name in ("a.py", "b.py"):
-        stamps.add(compilation._source_stamp.__wrapped__())
+    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "cpu" / "schedule.py"))
+    stamp = compilation._source_stamp.__wrapped__
+    kernels, callers = set(), set()
+    for name in files:
+        kernels.add(stamp())
+        callers.add(stamp(tmp_path / "c"))
         (tmp_path / name).write_text("pass  # changed\n")
-        stamps.add(compilation._source_stamp.__wrapped__())
-    assert len(stamps) == 3
+        kernels.add(stamp())
+        callers.add(stamp(tmp_path / "c"))
+    assert len(kernels) == 4
+    assert len(callers) == 5
 
 
 def test_without_a_folder_to_write_to_kernels_still_run():
