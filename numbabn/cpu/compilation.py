@@ -98,7 +98,7 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
 
 
 if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles would wait for that thread for ever.
+    # A child forked while another thread compiles would wait for its locks for ever.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
@@ -159,14 +159,18 @@ class Kernel:
                     "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
                     "compute on vectors in registers; numbabn.reference needs no compiler"
                 )
+            _apart(self._prepare, stored, parallel)
+            found = self._compiled[stored, parallel]
+        return found
+
+    def _prepare(self, stored: str, parallel: bool) -> None:
+        with global_compiler_lock:  # from here on: `cached_property` has a lock of its own, too
             dispatcher = self.parallel if parallel else self.serial
             dtype = getattr(numba.types, stored)
             signature = tuple(_kind(name, dtype) for name in (*self._kinds, "Memory", "Shape"))
-            _apart(dispatcher.compile, signature)
+            dispatcher.compile(signature)
             # Past the dispatcher, which would ask every argument for its type.
-            found = dispatcher.overloads[signature].entry_point
-            self._compiled[stored, parallel] = found
-        return found
+            self._compiled[stored, parallel] = dispatcher.overloads[signature].entry_point
 
     def prepare(self, stored: str, parallel: bool) -> bool:
         """Compile the function ahead of its first call; False if it was there already."""
