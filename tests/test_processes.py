@@ -144,6 +144,38 @@ def work():
 
 
 @needs_fork
+def test_a_fork_waits_for_a_thread_that_makes_a_kernel():
+    # Up to Python 3.11 `functools.cached_property` holds a lock meanwhile.
+    code = """
+import os, signal, threading, time, warnings
+import numpy as np
+import numbabn
+from numbabn.cpu import compilation
+
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
+making, compile_, x = threading.Event(), compilation._compile, np.ones((300, 2), np.float32)
+
+def slowly(*args, **options):
+    making.set()
+    time.sleep(0.5)
+    return compile_(*args, **options)
+
+def work():
+    return not numbabn.batch_norm(x, training=True).any()
+
+def work_here():
+    with compilation.global_compiler_lock:  # else a thread that may pass for the one that is gone
+        return work()
+
+compilation._compile = slowly
+threading.Thread(target=work).start()
+making.wait()
+print(fork(work_here))
+"""
+    assert run(FORK + code).split() == ["0"]
+
+
+@needs_fork
 def test_a_fork_waits_for_a_thread_that_compiles():
     code = """
 from numba.core.compiler_lock import global_compiler_lock

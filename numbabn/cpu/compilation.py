@@ -104,7 +104,7 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
 
 
 if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles would wait for that thread for ever.
+    # A child forked while another thread compiles would wait for its locks for ever.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
@@ -112,17 +112,16 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _apart(work: Callable[..., Any], *args: Any) -> None:
+def _apart(work: Callable[..., Any], *args: Any) -> Any:
     """Work where no signal is seen: Ctrl-C leaves numba unable ever to compile or load again.
 
     The caller is interrupted all the same, and the work done in the background.
     """
     if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
-        work(*args)
-        return
+        return work(*args)
     thread = ThreadPoolExecutor(1)
     try:
-        thread.submit(work, *args).result()
+        return thread.submit(work, *args).result()
     finally:
         thread.shutdown(wait=False)
 
@@ -251,10 +250,14 @@ class Kernel:
                 "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
                 "compute on vectors in registers; numbabn.reference needs no compiler"
             )
-        dispatcher = self.parallel if parallel else self.serial
-        signature = self.signature(getattr(numba.types, stored))
-        _apart(dispatcher.compile, signature)
-        return dispatcher.overloads[signature]
+        return _apart(self._make, stored, parallel)
+
+    def _make(self, stored: str, parallel: bool) -> Any:
+        with global_compiler_lock:  # from here on: `cached_property` has a lock of its own, too
+            dispatcher = self.parallel if parallel else self.serial
+            signature = self.signature(getattr(numba.types, stored))
+            dispatcher.compile(signature)
+            return dispatcher.overloads[signature]
 
     def compiled(self, stored: str, parallel: bool) -> Callable[..., Any]:
         """Give the function for maps of a stored dtype."""
