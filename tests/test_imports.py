@@ -96,7 +96,7 @@ def test_importing_loads_no_extra():
         "import sys, numbabn\n"
         "assert callable(numbabn.batch_norm)\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
-        "extras = {'matplotlib', 'rich', 'sklearn', 'torch', 'cupy', 'numba_cuda', 'jax'}\n"
+        "extras = {'matplotlib', 'rich', 'sklearn', 'torch', 'cupy', 'numba_cuda', 'jax', 'onnx'}\n"
         "extras |= {'array_api_strict', 'dask', 'xarray'}\n"
         "assert not loaded & extras, loaded & extras\n"
         "assert 'numba.cuda' not in sys.modules\n"
