@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from ..layout import see
+from ..layout import see as see
 from . import planes, rows
 from .arguments import (
     Backward,
