@@ -290,10 +290,7 @@ def _inference(
     return y
 
 
-def _check_call(
-    x, weight, bias, running_mean, running_var, residual, out,
-    eps, axis,
-):  # fmt: skip
+def _check_call(x, weight, bias, running_mean, running_var, residual, out, eps, axis):
     _check_data("x", x)
     _check_like(x, residual=residual, out=out)
     _check_per_channel(
@@ -306,9 +303,9 @@ def _check_call(
 
 @overload(functional.batch_norm, prefer_literal=True)
 def _batch_norm(
-    x, running_mean = None, running_var = None, weight = None,
-    bias = None, training = False, momentum = 0.1, eps = 1e-5, axis = 1,
-    residual = None, activation = None, correction = 1, out = None,
+    x, running_mean=None, running_var=None, weight=None,
+    bias=None, training=False, momentum=0.1, eps=1e-5, axis=1,
+    residual=None, activation=None, correction=1, out=None,
 ):  # fmt: skip
     _check_call(x, weight, bias, running_mean, running_var, residual, out, eps, axis)
     _check_numbers(momentum=momentum, correction=correction)
@@ -328,8 +325,10 @@ def _batch_norm(
     )
     if lacking and never:
         _refuse(lacking, "an array of shape (C,) in inference", "None")
+    incomplete = lacking is not None
     message = f"{lacking}: expected an array of shape (C,) in inference, got None"
 
+    # Apart, as each operation that is called has to be compiled.
     def train(
         x, running_mean=None, running_var=None, weight=None, bias=None, training=False,
         momentum=0.1, eps=1e-5, axis=1, residual=None, activation=None, correction=1, out=None,
@@ -356,33 +355,22 @@ def _batch_norm(
                 x, weight, bias, running_mean, running_var, residual, out,
                 momentum, eps, axis, rectify, correction, None,
             )[0]  # fmt: skip
+        if incomplete:
+            raise ValueError(message)
         return _inference(
             x, running_mean, running_var, weight, bias, residual, out, eps, axis, rectify
         )
 
-    def train_only(
-        x, running_mean=None, running_var=None, weight=None, bias=None, training=False,
-        momentum=0.1, eps=1e-5, axis=1, residual=None, activation=None, correction=1, out=None,
-    ):  # fmt: skip
-        if not training:
-            raise ValueError(message)
-        return _forward(
-            x, weight, bias, running_mean, running_var, residual, out,
-            momentum, eps, axis, rectify, correction, None,
-        )[0]  # fmt: skip
-
     if always:
         return train
-    if never:
-        return infer
-    return train_only if lacking else either
+    return infer if never else either
 
 
 @overload(functional.batch_norm_forward, prefer_literal=True)
 def _batch_norm_forward(
-    x, weight = None, bias = None, running_mean = None,
-    running_var = None, momentum = 0.1, eps = 1e-5, axis = 1,
-    residual = None, activation = None, correction = 1, out = None,
+    x, weight=None, bias=None, running_mean=None,
+    running_var=None, momentum=0.1, eps=1e-5, axis=1,
+    residual=None, activation=None, correction=1, out=None,
 ):  # fmt: skip
     _check_call(x, weight, bias, running_mean, running_var, residual, out, eps, axis)
     _check_numbers(momentum=momentum, correction=correction)
@@ -406,8 +394,8 @@ def _batch_norm_forward(
 
 @overload(functional.batch_norm_inference, prefer_literal=True)
 def _batch_norm_inference(
-    x, running_mean, running_var, weight = None, bias = None,
-    eps = 1e-5, axis = 1, residual = None, activation = None, out = None,
+    x, running_mean, running_var, weight=None, bias=None,
+    eps=1e-5, axis=1, residual=None, activation=None, out=None,
 ):  # fmt: skip
     _check_call(x, weight, bias, running_mean, running_var, residual, out, eps, axis)
     for name, kind in (("running_mean", running_mean), ("running_var", running_var)):
@@ -454,8 +442,8 @@ def _gradients_of(
 
 @overload(functional.batch_norm_backward, prefer_literal=True)
 def _batch_norm_backward(
-    dy, x, weight, mean, invstd, axis = 1, training = True,
-    mask = None, with_residual = False, out = None,
+    dy, x, weight, mean, invstd, axis=1, training=True,
+    mask=None, with_residual=False, out=None,
 ):  # fmt: skip
     _check_data("x", x)
     _check_like(x, dy=dy, out=out)

@@ -149,7 +149,7 @@ for _name in ("data", "step", "dtype"):
 # Where NumPy's C API has kept an array's fields since 1.7, and a dtype's, behind the object's head.
 _HEAD = object.__basicsize__
 _DATA, _STRIDES, _DESCR, _TYPE_NUM = _HEAD, _HEAD + 24, _HEAD + 40, _HEAD + 12
-_FLOAT16_NUM, _FLOAT32_NUM, _FLOAT64_NUM = 23, 11, 12
+_FLOAT16_NUM, FLOAT32_NUM, _FLOAT64_NUM = 23, 11, 12
 
 
 def _field(builder, thing, offset, kind):
@@ -194,7 +194,7 @@ def _unbox_numbers(kind, thing, c):
     return _unboxed(c, kind, thing, fill)
 
 
-_NUMBERS = {types.float32: _FLOAT32_NUM, types.float64: _FLOAT64_NUM}
+_NUMBERS = {types.float32: FLOAT32_NUM, types.float64: _FLOAT64_NUM}
 
 
 def _array(context, builder, kind, value):
@@ -320,7 +320,7 @@ def _by_dtype(builder, dtype, act):
     default = builder.append_basic_block("bfloat16")
     switch = builder.switch(dtype, default)
     cases = (
-        (_FLOAT32_NUM, types.float32, _FLOAT),
+        (FLOAT32_NUM, types.float32, _FLOAT),
         (_FLOAT64_NUM, types.float64, _DOUBLE),
         (_FLOAT16_NUM, FLOAT16, _I16),
         (None, BFLOAT16, _I16),

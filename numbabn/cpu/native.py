@@ -16,6 +16,7 @@ from numba.extending import register_jitable
 from ..layout import see as see
 from . import planes, rows
 from .arguments import (
+    FLOAT32_NUM,
     Backward,
     Forward,
     Memory,
@@ -113,8 +114,10 @@ def _span(view, shapes, steps, k):
 @checked
 def _numbers_span(array, C):
     low = address_of(array)
+    if low == 0:
+        return low, low
     reach = array.step * (C - 1)
-    return low + min(reach, 0), low + max(reach, 0) + (8 if low else 0)
+    return low + min(reach, 0), low + max(reach, 0) + (4 if array.dtype == FLOAT32_NUM else 8)
 
 
 @checked
