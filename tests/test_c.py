@@ -313,10 +313,19 @@ def test_a_table_grows():
     assert table.inference
     assert (table.abi, table.size) == (structs.ABI, ctypes.sizeof(table))
     assert (table.dtype, table.itemsize) == (b"float64", 8)
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    pointer = kind(("PyCapsule_GetPointer", ctypes.pythonapi))
     capsule = c.capsule(structs.ABI, "float64", False, "statistics")
     assert pointer(capsule, b"numbabn.c.table") == ctypes.addressof(table)
+
+
+def test_a_capsule_whatever_others_say_of_pythons_functions(monkeypatch):
+    shared = ctypes.pythonapi.PyCapsule_New
+    monkeypatch.setattr(
+        shared, "argtypes", (ctypes.c_void_p, ctypes.c_char_p, ctypes.CFUNCTYPE(None))
+    )
+    monkeypatch.setattr(shared, "restype", ctypes.c_int)
+    assert type(c.capsule(structs.ABI, "float64", False, "statistics")).__name__ == "PyCapsule"
 
 
 def test_wrong_tables():

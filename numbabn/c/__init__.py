@@ -46,9 +46,10 @@ __all__ = [
 ]
 
 NAME = b"numbabn.c.table"  # of the capsule
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+# Of our own: what `ctypes.pythonapi` has is everyone's, and others say otherwise what it takes.
+_new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
 _lock = threading.Lock()
 _kernels: dict[str, Kernels] = {}
 
