@@ -62,6 +62,7 @@ SHARDS = {
     "launches": ("test_launch.py", ""),
     "graphs": ("test_graphs.py", ""),
     "large": ("test_large.py", ""),
+    "device": ("test_device.py", ""),
     **{
         f"sanitizer, {tool}": ("test_sanitizer.py", tool)
         for tool in ("memcheck", "racecheck", "synccheck")
