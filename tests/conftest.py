@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 
-import numbabn
 from numbabn import cpu
 from numbabn.cpu import schedule
 
 pytest.register_assert_rewrite("problem")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n``: a file's tests share what they compile, and the longest file is not the last."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 class _PoisonedNumPy:
@@ -34,9 +42,3 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(cpu, "empty_like", _poisoned_empty_like)
     monkeypatch.setattr(cpu, "np", _PoisonedNumPy())
     schedule._pool.buffer[: 1 << 20].fill(0xFF)  # not a number, as any float
-
-
-@pytest.fixture(autouse=True)
-def doctest_names(doctest_namespace):
-    doctest_namespace["np"] = np
-    doctest_namespace["numbabn"] = numbabn

@@ -1,12 +1,10 @@
 """Weights and settings across libraries: names, both ways, and training that goes on as there."""
 
-import doctest
-
 import cases
 import numpy as np
 import pytest
 
-from numbabn import BatchNorm, conventions, reference
+from numbabn import BatchNorm, reference
 from numbabn.conventions import (
     CONVENTIONS,
     settings_from,
@@ -249,7 +247,3 @@ class TestAgainstTheLibrary:
         module(self.x, training=True)
         running = [np.asarray(v) for v in (module.moving_mean, module.moving_variance)]
         self.agrees("keras", weights, y, running, momentum=0.9)
-
-
-def test_docstrings():
-    assert doctest.testmod(conventions).failed == 0

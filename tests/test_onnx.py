@@ -1,6 +1,5 @@
 """ONNX against its own reference evaluator, ONNX Runtime, PyTorch's exporter, and the oracle."""
 
-import doctest
 import io
 import warnings
 from pathlib import Path
@@ -872,7 +871,3 @@ class TestPyTorchsExporter:
         )
         assert before <= 16
         assert after <= 16
-
-
-def test_docstrings():
-    assert doctest.testmod(bn, extraglobs={"np": np}).failed == 0

@@ -271,8 +271,10 @@ def test_a_bound_that_is_no_number_of_threads(limit):
 
 
 # A call that takes a second or more on a large array that takes no memory. A thread sends Ctrl-C
-# while it runs, which it could not if the call did not let other threads go on.
+# while it runs, which it could not if the call did not let other threads go on. What a shell starts
+# in the background ignores Ctrl-C unless it asks for it.
 LONG = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
 large = np.broadcast_to(x[:1], (1000000, *x.shape[1:]))
 sent = []
 
@@ -376,6 +378,7 @@ import numpy as np
 import numbabn
 from numbabn.cpu import compilation
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[1:] == ["without"]:
     compilation._apart = lambda work, *args: work(*args)
 sent = []

@@ -191,6 +191,7 @@ def test_the_installed_package_is_compared_not_the_working_trees(gate, tmp_path)
 
 
 @pytest.mark.skipif(not (BENCHMARKS.parent / ".git").exists(), reason="no repository")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, if a test before imported it
 def test_an_unknown_commit(gate, capsys, monkeypatch):
     monkeypatch.chdir(BENCHMARKS)
     assert gate.main(["no-such-commit"]) == 2
