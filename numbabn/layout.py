@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Channels; rows shorter than this do not pay for a loop each, and run as planes whose places are
-# gathered into tiles: 6 times as fast or more at 3 channels, on a busy machine.
+# Channels; rows shorter than this do not pay for a loop each. Without a gap many of them are taken
+# as one, where that is known how; else they run as planes whose places are gathered into tiles.
 NARROW_ROW = 16
 
 Steps = tuple[int, ...]
@@ -85,7 +85,9 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> Steps:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def see(shape: Any, axis: int, steps: Any) -> tuple[bool, bool, int, int, int, bool, Any]:
+def see(
+    shape: Any, axis: int, steps: Any, folding: bool
+) -> tuple[bool, bool, int, int, int, bool, Any]:
     """Find the view of arrays of one shape; numba compiles this, too.
 
     Axes other than the channel are put together where every array crosses them with one step. The
@@ -99,6 +101,8 @@ def see(shape: Any, axis: int, steps: Any) -> tuple[bool, bool, int, int, int, b
         The channel's, not negative.
     steps : ndarray of int64, [arrays, axes]
         Elements from one index to the next.
+    folding : bool
+        Whether rows of few channels are rows, too, where they lie without a gap in every array.
 
     Returns
     -------
@@ -134,6 +138,10 @@ def see(shape: Any, axis: int, steps: Any) -> tuple[bool, bool, int, int, int, b
 
     C = shape[axis]
     rows = inner < 0 or (C >= NARROW_ROW and abs(lead[inner]) >= abs(lead[axis]))
+    if folding and not rows and outer < 0 and 1 < C < NARROW_ROW:
+        rows = True
+        for a in range(len(steps)):
+            rows = rows and steps[a, axis] == 1 and steps[a, inner] == C
     # More than one n of rows would have been joined with the rest, were there no gap.
     adjoining = N == 1 or not rows
     each = np.zeros((len(steps), 3), np.int64)
@@ -150,7 +158,12 @@ def see(shape: Any, axis: int, steps: Any) -> tuple[bool, bool, int, int, int, b
 
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, ...], axis: int, itemsize: int, strides: tuple[Steps, ...], masked: bool
+    shape: tuple[int, ...],
+    axis: int,
+    itemsize: int,
+    strides: tuple[Steps, ...],
+    masked: bool,
+    folding: bool,
 ) -> Plan | None:
     """Sizes and steps for all arrays; None if no view fits them all."""
     if any(stride % itemsize for each in strides for stride in each):
@@ -158,7 +171,7 @@ def _plan(
     steps = [[stride // itemsize for stride in each] for each in strides]
     if masked:
         steps.append([*contiguous_strides(shape, 1)])
-    fits, rows, N, C, S, adjoining, each = see(shape, axis, np.array(steps, np.int64))
+    fits, rows, N, C, S, adjoining, each = see(shape, axis, np.array(steps, np.int64), folding)
     if not fits:
         return None
     views = tuple((dn, dc, ds) for dn, dc, ds in each.tolist())
@@ -178,7 +191,7 @@ def arrange(
     Parameters
     ----------
     backend : module
-        What allocates and copies where the arrays are.
+        What allocates and copies where the arrays are, and says whether it folds rows.
     axis : int
         The channel's, not negative.
     inputs, outputs : sequence of arrays or None
@@ -203,7 +216,8 @@ def arrange(
     first = given[0]
     shape, itemsize, masked = first.shape, first.itemsize, mask is not None
     copies: tuple[tuple[Any, Any], ...] = ()
-    plan = _plan(shape, axis, itemsize, tuple(strides), masked) if aligned else None
+    folding = backend.FOLDS_ROWS
+    plan = _plan(shape, axis, itemsize, tuple(strides), masked, folding) if aligned else None
     if plan is None:
         arrays = (
             *(None if a is None else backend.empty(a.shape, a.dtype, a) for a in outputs),
@@ -214,9 +228,8 @@ def arrange(
             for output, stand_in in zip(outputs, arrays, strict=False)
             if output is not None
         )
-        plan = _plan(
-            shape, axis, itemsize, (contiguous_strides(shape, itemsize),) * len(given), masked
-        )
+        dense = (contiguous_strides(shape, itemsize),) * len(given)
+        plan = _plan(shape, axis, itemsize, dense, masked, folding)
         if plan is None:
             raise AssertionError("a contiguous array is always viewable")
 

@@ -250,6 +250,7 @@ class _Scope(NamedTuple):
     constants: dict[str, TensorProto]  # those of the graphs around it, too
     makers: dict[str, NodeProto]
     uses: Counter[str]  # by nodes, in subgraphs too, and as outputs of a graph
+    folded: set[str]  # outputs of batch norms in this graph that are to be removed
 
 
 def _loaded(model: Any) -> ModelProto:
@@ -326,28 +327,30 @@ def _scopes_within(
             elif "value" in value:
                 constants[node.output[0]] = value["value"]
     makers = {output: node for node in graph.node for output in node.output}
-    yield _Scope(graph, constants, makers, _uses(graph))
+    yield _Scope(graph, constants, makers, _uses(graph), set())
     for node in graph.node:
         for subgraph in _subgraphs(node):
             yield from _scopes_within(subgraph, constants, set())
 
 
 def _batch_norms(scopes: list[_Scope]) -> Iterator[tuple[str, NodeProto, _Scope]]:
-    """Give every batch norm, under a name that no other has."""
+    """Give every batch norm, under a name that no other has; branches may share an output's."""
     names = {""}
     for scope in scopes:
         for node in scope.graph.node:
             if _is_standard(node, "BatchNormalization"):
-                name = node.output[0] if node.name in names else node.name
-                names.add(name)
-                yield name, node, scope
+                yield (
+                    _new_name(node.output[0] if node.name in names else node.name, names),
+                    node,
+                    scope,
+                )
 
 
 def _fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
     scopes = _scopes(model)
     taken = {name for scope in scopes for name in (*scope.constants, *scope.makers, *scope.uses)}
     taken.update(value.name for value in model.graph.input)
-    folded: dict[str, str] = {}  # and the output, by name
+    folded: list[str] = []
     kept: dict[str, str] = {}
     freed: set[str] = set()
     for name, node, scope in _batch_norms(scopes):
@@ -361,7 +364,9 @@ def _fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
             kept[name] = f"the folded weights are not finite in {arrays[0].dtype}"
             continue
         freed.update(node.input, before.input[1:])
-        output, folded[name] = node.output[0], node.output[0]
+        output = node.output[0]
+        folded.append(name)
+        scope.folded.add(output)
         tensors = [
             onnx.numpy_helper.from_array(array, _new_name(f"{output}.{kind}", taken))
             for kind, array in zip(("weight", "bias"), arrays, strict=True)
@@ -378,8 +383,8 @@ def _fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
         scope.makers[output] = before
         _delete(before.attribute, lambda a: a.name == "beta")
     for scope in reversed(scopes):
-        _remove(scope.graph, set(folded.values()), freed)
-    return list(folded), kept
+        _remove(scope.graph, scope.folded, freed)
+    return folded, kept
 
 
 def _new_name(wanted: str, taken: set[str]) -> str:

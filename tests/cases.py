@@ -8,12 +8,14 @@ import pytest
 
 # Borders of the CPU kernels crossed here: tiles of 1024 places and 16 rows, pieces of 16384 places
 # and 1024 rows, groups of 1024 places of short planes, planes shorter than 16 places, rows narrower
-# than 16 (as planes) and shorter than 512 (joined), blocks of 64 columns, and 128 KiB.
+# than 16 (64 taken as one) and shorter than 512 (joined), blocks of 64 columns, and 128 KiB.
 SHAPES = {
     "NC": ((5, 37), 1),
     "NC C=1": ((127, 1), 1),
     "NC N=2": ((2, 300), 1),
     "NC narrow": ((1000, 3), -1),
+    "NC narrow, few": ((37, 5), 1),
+    "NC narrow, several pieces": ((140003, 2), 1),
     "NC several pieces": ((4099, 19), 1),
     "NC wide": ((131, 1061), 1),
     "NCHW short, large": ((33, 67, 7, 7), 1),
@@ -36,6 +38,7 @@ SHAPES = {
     "CNHW": ((3, 5, 7, 11), 0),
 }
 LARGE = [
+    "NC narrow, several pieces",
     "NC several pieces",
     "NC wide",
     "NCHW short, large",

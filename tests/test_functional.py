@@ -83,7 +83,9 @@ def test_sixteen_bits(caches, name, dtype, ulp):
 
 @pytest.mark.parametrize("name", cases.LARGE)
 def test_sixteen_bits_on_threads(name):
-    check_training(Problem(*cases.SHAPES[name], *cases.NARROW["float16"]))
+    # float16 does not hold dweight of 140000 values.
+    dtype = "bfloat16" if name.startswith("NC narrow") else "float16"
+    check_training(Problem(*cases.SHAPES[name], *cases.NARROW[dtype]))
 
 
 @cases.narrow_dtypes

@@ -62,8 +62,10 @@ def test_all_arrays_are_taken_in_the_same_order(lay, axis):
         ((800, 16), 1, (1, 0), "planes"),
         ((8, 60, 16), 2, (0, 1, 2), "rows"),
         ((8, 600, 16), 2, (0, 2, 1), "planes"),
-        ((8, 60, 15), 2, (0, 1, 2), "planes"),  # too narrow for rows
-        ((8, 15), 1, (0, 1), "planes"),
+        ((8, 60, 15), 2, (0, 1, 2), "rows"),
+        ((8, 60, 15), 2, (1, 0, 2), "rows"),
+        ((8, 15), 1, (0, 1), "rows"),
+        ((8, 15), 1, (1, 0), "planes"),
         ((8, 1, 60), 1, (0, 1, 2), "planes"),
         ((8, 16, 1), 1, (0, 1, 2), "rows"),
         ((1, 16, 1), 1, (0, 1, 2), "rows"),
@@ -74,6 +76,20 @@ def test_kind_follows_memory(shape, axis, order, kind):
     layout = arrange(cpu, axis, (x,), (np.empty_like(x),))
     assert layout.kind == kind
     assert not layout.copies
+
+
+def test_narrow_rows_are_rows_where_they_adjoin_and_are_folded():
+    x, y = np.zeros((8, 60, 15)), np.zeros((8, 60, 15))
+    assert arrange(cpu, 2, (x,), (y,)).kind == "rows"
+    assert arrange(cpu, 2, (x,), (np.zeros((8, 60, 16))[:, :, :15],)).kind == "planes"
+    assert arrange(cpu, 2, (x[:, ::2],), (y[:, ::2],)).kind == "planes"
+    assert arrange(cpu, 2, (x, x[:1].repeat(8, 0)), (y,)).kind == "rows"
+    assert arrange(cpu, 2, (x, np.broadcast_to(x[:1], x.shape)), (y,)).kind == "planes"
+
+
+def test_narrow_rows_are_planes_where_they_are_not_folded(monkeypatch):
+    monkeypatch.setattr(cpu, "FOLDS_ROWS", False)
+    assert arrange(cpu, 1, (np.zeros((60, 15)),)).kind == "planes"
 
 
 def test_one_channel_is_one_long_plane():

@@ -85,7 +85,9 @@ def _see(arrays, contiguous):
             fits = fits and stride % arrays.itemsize == 0
             steps[there, i] = stride // arrays.itemsize
         there += 1
-    viewable, in_rows, N, C, S, adjoining, each = see(arrays.shape, arrays.axis, steps[:there])
+    viewable, in_rows, N, C, S, adjoining, each = see(
+        arrays.shape, arrays.axis, steps[:there], schedule.FOLDS_ROWS
+    )
     return fits and viewable, in_rows, N, C, S, adjoining, each
 
 

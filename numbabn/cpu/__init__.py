@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..layout import Layout
 from ..results import empty_like as empty_like
 from . import compilation, planes, rows, schedule
+from .schedule import FOLDS_ROWS as FOLDS_ROWS
 
 PerChannel = npt.NDArray[np.float64]
 

@@ -106,6 +106,7 @@ class Shape(NamedTuple):
     pieces: int
     ahead: int  # tiles from what is summed to what is fetched
     row: int  # elements that the slab has for a group of planes
+    fold: int  # rows that are summed as one
 
 
 class Strided(types.Type):

@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .compilation import native, primitive
 from .intrinsics import LINE
-from .schedule import PIPED, SUMMED, cache_bytes, cut_planes, cut_rows, rooms
+from .schedule import FOLDS_ROWS, PIPED, SUMMED, cache_bytes, cut_planes, cut_rows, rooms
 
 checked = njit(nogil=True, error_model="numpy")
 _L2, _L3 = cache_bytes(2), cache_bytes(3)
@@ -247,7 +247,7 @@ def forward(maps, parameters, lengths, settings, shapes, axis, steps):
             set_number(parameters.mean, c, 0.0)
             set_number(parameters.invstd, c, 1.0 / np.sqrt(settings.eps))
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps)
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps, FOLDS_ROWS)
     if fits:
         _forward(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
@@ -259,7 +259,7 @@ def normalize(maps, parameters, lengths, settings, shapes, axis, steps):
     axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, False)
     if count == 0:
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps)
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps, FOLDS_ROWS)
     if fits:
         _normalize(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
@@ -271,7 +271,7 @@ def statistics(maps, mean, m2, shapes, axis, steps):
     axis, count = _front_axis(axis, shapes, 0)
     if count == 0:
         return True, count
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[0], axis, steps)
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[0], axis, steps, FOLDS_ROWS)
     if fits:
         maps = Forward(maps.y, stepping(maps.x, steps, 0), maps.residual, maps.mask)
         _statistics(in_rows, N, C, S, adjoining, maps, mean, m2)
@@ -306,7 +306,7 @@ def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
             set_number(gradients.dweight, c, 0.0)
             set_number(gradients.dbias, c, 0.0)
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[3], axis, steps)
+    fits, in_rows, N, C, S, adjoining, steps = see(shapes[3], axis, steps, FOLDS_ROWS)
     if fits:
         maps = Backward(
             stepping(maps.dx, steps, 0),

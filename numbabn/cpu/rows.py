@@ -4,6 +4,7 @@ Rows are summed, the sums of some columns in registers, then rows are written, t
 first: what the cache still holds of them is not read again. Blocks of columns that are written
 while the next are summed, as with planes, read memory once, but in short pieces far apart, and were
 slower. Sums are taken in pieces of the rows and merged: their tree depends on the shape alone.
+Rows of fewer channels than a vector has lanes are summed `fold` at a time, as one long row.
 """
 
 import numpy as np
@@ -11,7 +12,19 @@ from numba import prange
 
 from .arguments import number, set_number
 from .compilation import inlined, kernel, primitive
-from .intrinsics import LANES, front, get, load, missing, moved, put, spread, store, store_fence
+from .intrinsics import (
+    LANES,
+    computed,
+    front,
+    get,
+    load,
+    missing,
+    moved,
+    put,
+    spread,
+    store,
+    store_fence,
+)
 from .vector import (
     COLUMNS,
     column_moments,
@@ -21,10 +34,13 @@ from .vector import (
     first_number,
     gather,
     gradient_block,
+    merge,
     merge_columns,
+    moments,
     normalize_block,
     product_columns,
     product_few_columns,
+    product_of,
     running_affine,
     scatter,
     share,
@@ -48,9 +64,9 @@ def partials_row(columns: int) -> int:
 
 
 def tiling(rows: int) -> tuple[int, int]:
-    """Rows of a piece, and pieces."""
+    """Rows of a piece, and pieces; none of no rows."""
     pieces = max(1, min(ROW_PIECES, rows // ROW_PIECE))
-    piece = -(-rows // (pieces * ROW_TILE)) * ROW_TILE
+    piece = max(1, -(-rows // (pieces * ROW_TILE))) * ROW_TILE
     return piece, -(-rows // piece)
 
 
@@ -65,9 +81,9 @@ def _tile(shape, row, stop):
 def _constants(memory, shape, target, k):
     """Per column, the constant ``k`` of five that writing takes.
 
-    Those of the last columns also lie before the first: a line may hold the end of a row and the
-    beginning of the next. Where rows are written as one, the constants repeat. They begin as far
-    behind a line as the target, so that both are met in whole lines.
+    Those of the last columns also lie before the first: a line may hold the end of a row, or all of
+    it, and the beginning of the next. Where rows are written as one, the constants repeat. They
+    begin as far behind a line as the target, so that both are met in whole lines.
     """
     size = shape.C * shape.group // LANES * LANES + 4 * LANES
     return moved(memory.constants.data, k * size + LANES + front(target.data))
@@ -82,7 +98,7 @@ def _sums(memory, shape, k):
 @inlined
 def _partial(memory, shape, piece, k, c):
     """Where a piece's means and M2, or its two sums, are kept, from column ``c`` on."""
-    row = -(-shape.C // LANES) * LANES
+    row = -(-shape.C * shape.fold // LANES) * LANES
     return moved(memory.partials.data, (2 * piece + k) * row + c)
 
 
@@ -96,18 +112,26 @@ def _start_sums(memory, shape, width):
 
 @inlined
 def _rows_of(shape, piece):
-    """First and last row of a piece."""
-    return piece * shape.piece, min((piece + 1) * shape.piece, shape.N * shape.S)
+    """First and last of the rows of a piece, `fold` taken as one."""
+    return piece * shape.piece, min((piece + 1) * shape.piece, shape.N * shape.S // shape.fold)
+
+
+@inlined
+def _summed_tile(shape, row, stop):
+    """`_tile` of rows that are summed, where `fold` of those that lie in memory are one."""
+    n, s, rows = _tile(shape, row, stop)
+    return n, s * shape.fold, rows
 
 
 @inlined
 def _ahead(view, shape, n, c, s):
     """Where the rows lie that will be summed some tiles later."""
-    s += shape.ahead * shape.tile
+    tile = shape.tile * shape.fold
+    s += shape.ahead * tile
     if s >= shape.S:
         s -= shape.S
         n += 1
-    if n >= shape.N or s + shape.tile > shape.S:
+    if n >= shape.N or s + tile > shape.S:
         return view.data
     return element(view, n, c, s)
 
@@ -153,15 +177,16 @@ def _side_by_side(a, b, c, d):
 @inlined
 def _task(shape, task):
     """First column, columns and piece of what a thread sums in one go."""
-    blocks = -(-shape.C // shape.block)
+    width = shape.C * shape.fold
+    blocks = -(-width // shape.block)
     piece, c = task // blocks, task % blocks * shape.block
-    return c, min(shape.block, shape.C - c), piece
+    return c, min(shape.block, width - c), piece
 
 
 @inlined
 def _tasks(shape):
     """Blocks of columns of each piece."""
-    return -(-shape.C // shape.block) * shape.pieces
+    return -(-shape.C * shape.fold // shape.block) * shape.pieces
 
 
 # Statistics, normalize, forward.
@@ -177,7 +202,7 @@ def _sum_tile(x, memory, shape, n, c, width, s, rows):
         run, step = _near(x, n, c + at, s, rows, count, memory.spares, 0)
         if count == COLUMNS:
             sum_columns(
-                run, step, moved(ahead, at), x.ds, rows,
+                run, step * shape.fold, moved(ahead, at), x.ds * shape.fold, rows,
                 moved(shift, at), moved(total, at), moved(squares, at),
             )  # fmt: skip
         else:
@@ -211,12 +236,12 @@ def _sum_rows(x, memory, shape, task):
     """Take the moments of a block of columns of a piece."""
     c, width, piece = _task(shape, task)
     row, stop = _rows_of(shape, piece)
-    n, s, _ = _tile(shape, row, stop)
+    n, s, _ = _summed_tile(shape, row, stop)
     for k in range(width):
         put(_sums(memory, shape, 0), k, first_number(element(x, n, c + k, s), 0))
     _start_sums(memory, shape, width)
     while row < stop:
-        n, s, rows = _tile(shape, row, stop)
+        n, s, rows = _summed_tile(shape, row, stop)
         _sum_tile(x, memory, shape, n, c, width, s, rows)
         row += rows
     _keep_moments(memory, shape, piece, c, width)
@@ -224,7 +249,7 @@ def _sum_rows(x, memory, shape, task):
 
 @inlined
 def _merged_moments(memory, shape, c):
-    """Mean and M2 of sixteen columns."""
+    """Mean and M2 of sixteen columns, of all pieces."""
     start, stop = _rows_of(shape, 0)
     count = np.float64(stop - start)
     mean, m2 = load(_partial(memory, shape, 0, 0, c), 0), load(_partial(memory, shape, 0, 1, c), 0)
@@ -234,6 +259,64 @@ def _merged_moments(memory, shape, c):
         m2_b = load(_partial(memory, shape, piece, 1, c), 0)
         count, mean, m2 = merge_columns(count, mean, m2, np.float64(stop - start), mean_b, m2_b)
     return mean, m2
+
+
+@inlined
+def _folded(shape):
+    """Columns that were summed, and first and last of the rows that were not: fewer than `fold`."""
+    rows = shape.N * shape.S
+    return shape.C * shape.fold if shape.pieces else 0, rows // shape.fold * shape.fold, rows
+
+
+@inlined
+def _loose_moments(x, c, start, stop):
+    """Mean and M2 of a channel of some rows."""
+    shift = first_number(element(x, 0, c, start), 0)
+    total = squares = 0.0
+    for s in range(start, stop):
+        d = np.float64(computed(element(x, 0, c, s), 0)) - shift
+        total, squares = total + d, squares + d * d
+    return moments(np.float64(stop - start), shift, total, squares)
+
+
+@primitive
+def _fold_moments(x, memory, shape):
+    """Mean and M2 of each channel: of its columns, and of the rows that are in none."""
+    width, start, stop = _folded(shape)
+    means, m2s = _partial(memory, shape, 0, 0, 0), _partial(memory, shape, 0, 1, 0)
+    for k in range(0, width, LANES):
+        merged = _merged_moments(memory, shape, k)
+        store(means, k, merged[0])
+        store(m2s, k, merged[1])
+    count, half = np.float64(start // shape.fold), width // 2
+    while half >= shape.C:
+        for k in range(0, half, LANES):
+            a, b = load(means, k), load(m2s, k)
+            merged = merge_columns(count, a, b, count, load(means, half + k), load(m2s, half + k))
+            store(means, k, merged[1])
+            store(m2s, k, merged[2])
+        count, half = 2 * count, half // 2
+    for c in range(shape.C):
+        if start == stop:
+            mean, m2 = get(means, c), get(m2s, c)
+        else:
+            mean, m2 = _loose_moments(x, c, start, stop)
+            if width:
+                loose = np.float64(stop - start)
+                _, mean, m2 = merge(count, get(means, c), get(m2s, c), loose, mean, m2)
+        put(_sums(memory, shape, 0), c, mean)
+        put(_sums(memory, shape, 1), c, m2)
+
+
+@inlined
+def _take_moments(x, memory, shape, c):
+    """Put mean and M2 of sixteen channels, or of all where rows are folded, into two sums."""
+    if shape.fold > 1:
+        _fold_moments(x, memory, shape)
+    else:
+        merged = _merged_moments(memory, shape, c)
+        store(_sums(memory, shape, 0), 0, merged[0])
+        store(_sums(memory, shape, 1), 0, merged[1])
 
 
 @inlined
@@ -282,15 +365,22 @@ def _lines(shape, rows, first, last):
 @inlined
 def _span(shape, start, stop, k):
     """First and last row of the thread's span ``k``: those read last come first."""
-    last = stop - k * shape.piece
-    return max(start, last - shape.piece), last
+    rows = shape.piece * shape.fold
+    last = stop - k * rows
+    return max(start, last - rows), last
+
+
+@inlined
+def _spans(shape, start, stop):
+    """Count a thread's spans."""
+    return -(-(stop - start) // (shape.piece * shape.fold))
 
 
 @primitive
 def _normalize_share(maps, memory, shape, rectify, t):
     """Write a thread's rows."""
     start, stop = share(shape.N * shape.S, t, shape.threads)
-    for k in range(-(-(stop - start) // shape.piece)):
+    for k in range(_spans(shape, start, stop)):
         row, last = _span(shape, start, stop, k)
         while row < last:
             n, s, rows, join = _joined(shape, row, last)
@@ -309,8 +399,8 @@ def _set_constants(memory, shape, target, c, values):
         constants = _constants(memory, shape, target, k)
         for join in range(shape.group):
             put(constants, join * shape.C + c, value)
-        if c >= shape.C - LANES:
-            put(constants, c - shape.C, value)
+        for at in range(c - shape.C, -LANES - 1, -shape.C):
+            put(constants, at, value)
 
 
 @primitive
@@ -319,9 +409,7 @@ def _finish_forward(maps, memory, shape, parameters, settings, t):
     first, last = _columns_of(shape, t)
     mean, m2 = _sums(memory, shape, 0), _sums(memory, shape, 1)
     for at in range(first, last, LANES):
-        merged = _merged_moments(memory, shape, at)
-        store(mean, 0, merged[0])
-        store(m2, 0, merged[1])
+        _take_moments(maps.x, memory, shape, at)
         for k in range(min(LANES, last - at)):
             values = finish_forward(
                 maps.x, at + k, shape.N * shape.S, get(mean, k), get(m2, k), parameters, settings
@@ -354,9 +442,7 @@ def statistics_rows(maps, mean, m2, memory, shape):
     for t in prange(shape.threads):
         _sum_share(maps.x, memory, shape, t)
     for c in range(0, shape.C, LANES):
-        merged = _merged_moments(memory, shape, c)
-        store(_sums(memory, shape, 0), 0, merged[0])
-        store(_sums(memory, shape, 1), 0, merged[1])
+        _take_moments(maps.x, memory, shape, c)
         for k in range(min(LANES, shape.C - c)):
             set_number(mean, c + k, get(_sums(memory, shape, 0), k))
             set_number(m2, c + k, get(_sums(memory, shape, 1), k))
@@ -384,7 +470,7 @@ def normalize_rows(maps, parameters, settings, memory, shape):
 
 @inlined
 def _product_tile(maps, memory, shape, n, c, width, s, rows):
-    dy, x, mask, spares = maps.dy, maps.x, maps.mask, memory.spares
+    dy, x, mask, spares, fold = maps.dy, maps.x, maps.mask, memory.spares, shape.fold
     mean, total, product = _sums(memory, shape, 0), _sums(memory, shape, 1), _sums(memory, shape, 2)
     ahead_dy, ahead_x = _ahead(dy, shape, n, c, s), _ahead(x, shape, n, c, s)
     bit = n * mask.dn + c * mask.dc + s * mask.ds
@@ -395,8 +481,9 @@ def _product_tile(maps, memory, shape, n, c, width, s, rows):
         x_run, x_step = _near(x, n, c + at, s, rows, count, spares, 1)
         if count == COLUMNS:
             product_columns(
-                dy_run, dy_step, x_run, x_step, moved(ahead_dy, at), dy.ds, moved(ahead_x, at),
-                x.ds, mask.data, bit + at * mask.dc, mask.ds, mask.dc,
+                dy_run, dy_step * fold, x_run, x_step * fold,
+                moved(ahead_dy, at), dy.ds * fold, moved(ahead_x, at), x.ds * fold,
+                mask.data, bit + at * mask.dc, mask.ds * fold, mask.dc,
                 rows, moved(mean, at), moved(total, at), moved(product, at),
             )  # fmt: skip
         else:
@@ -422,10 +509,10 @@ def _product_rows(maps, gradients, memory, shape, task):
     c, width, piece = _task(shape, task)
     row, stop = _rows_of(shape, piece)
     for k in range(width):
-        put(_sums(memory, shape, 0), k, number(gradients.mean, c + k))
+        put(_sums(memory, shape, 0), k, number(gradients.mean, (c + k) % shape.C))
     _start_sums(memory, shape, width)
     while row < stop:
-        n, s, rows = _tile(shape, row, stop)
+        n, s, rows = _summed_tile(shape, row, stop)
         _product_tile(maps, memory, shape, n, c, width, s, rows)
         row += rows
     _keep_products(memory, shape, piece, c, width)
@@ -459,7 +546,7 @@ def _gradient_tile(maps, memory, shape, n, s, rows, join, fronts, tails, trainin
 def _gradient_share(maps, memory, shape, training, t):
     """Write a thread's rows."""
     start, stop = share(shape.N * shape.S, t, shape.threads)
-    for k in range(-(-(stop - start) // shape.piece)):
+    for k in range(_spans(shape, start, stop)):
         row, last = _span(shape, start, stop, k)
         while row < last:
             n, s, rows, join = _joined(shape, row, last)
@@ -472,18 +559,64 @@ def _gradient_share(maps, memory, shape, training, t):
     store_fence()
 
 
+@inlined
+def _total_products(memory, shape, c):
+    """Both sums of sixteen columns, of all pieces."""
+    total = product = spread(0.0)
+    for piece in range(shape.pieces):
+        total = total + load(_partial(memory, shape, piece, 0, c), 0)
+        product = product + load(_partial(memory, shape, piece, 1, c), 0)
+    return total, product
+
+
+@primitive
+def _fold_products(maps, gradients, memory, shape):
+    """Both sums of each channel: of its columns, and of the rows that are in none."""
+    width, start, stop = _folded(shape)
+    totals, products = _partial(memory, shape, 0, 0, 0), _partial(memory, shape, 0, 1, 0)
+    for k in range(0, width, LANES):
+        sums = _total_products(memory, shape, k)
+        store(totals, k, sums[0])
+        store(products, k, sums[1])
+    half = width // 2
+    while half >= shape.C:
+        for k in range(0, half, LANES):
+            store(totals, k, load(totals, k) + load(totals, half + k))
+            store(products, k, load(products, k) + load(products, half + k))
+        half //= 2
+    mask = maps.mask
+    for c in range(shape.C):
+        total = product = 0.0
+        if width:
+            total, product = get(totals, c), get(products, c)
+        for s in range(start, stop):
+            g, gd = product_of(
+                element(maps.dy, 0, c, s), element(maps.x, 0, c, s), mask.data,
+                c * mask.dc + s * mask.ds, number(gradients.mean, c),
+            )  # fmt: skip
+            total, product = total + g, product + gd
+        put(_sums(memory, shape, 0), c, total)
+        put(_sums(memory, shape, 1), c, product)
+
+
+@inlined
+def _take_products(maps, gradients, memory, shape, c):
+    """Put both sums of sixteen channels, or of all where rows are folded, into two sums."""
+    if shape.fold > 1:
+        _fold_products(maps, gradients, memory, shape)
+    else:
+        sums = _total_products(memory, shape, c)
+        store(_sums(memory, shape, 0), 0, sums[0])
+        store(_sums(memory, shape, 1), 0, sums[1])
+
+
 @primitive
 def _finish_backward(maps, gradients, memory, shape, t):
     """Save the gradients by a thread's weights and biases, and what writing dx takes."""
     first, last = _columns_of(shape, t)
     totals, products = _sums(memory, shape, 0), _sums(memory, shape, 1)
     for at in range(first, last, LANES):
-        total = product = spread(0.0)
-        for piece in range(shape.pieces):
-            total = total + load(_partial(memory, shape, piece, 0, at), 0)
-            product = product + load(_partial(memory, shape, piece, 1, at), 0)
-        store(totals, 0, total)
-        store(products, 0, product)
+        _take_products(maps, gradients, memory, shape, at)
         for k in range(min(LANES, last - at)):
             c = at + k
             values = finish_backward(

@@ -32,6 +32,7 @@ STORED = {
 SWEEPS = {"statistics": 1, "normalize": 2, "forward": 2, "backward": 3}
 SUMMED = {"statistics": 1, "normalize": 1, "forward": 1, "backward": 2}
 PIPED = ("forward", "backward")
+FOLDS_ROWS = True  # many rows of few channels are summed as one
 POOL_BYTES = 1 << 26  # workspace that a thread keeps from call to call ...
 PLANS = 256  # ... and plans
 
@@ -94,7 +95,7 @@ def cut_planes(
     ahead = -(-planes.PLANE_AHEAD // (summed * tile * group))
     shape = Shape(
         N, C, S, block, group, together, threads, streaming, adjoining, tile, cuts, piece, pieces,
-        ahead, row,
+        ahead, row, 1,
     )  # fmt: skip
     slab = -(-block // group) * N * row * summed
     if not _pays(slab * itemsize, shape, l2, l3):
@@ -111,20 +112,22 @@ def cut_rows(
 ) -> Cut:  # fmt: skip
     """Cut rows."""
     streaming = N * C * S * itemsize > l3 // 4
-    piece, pieces = rows.tiling(N * S)
+    # Short rows: so many are summed as one that its columns are blocks of them.
+    fold = COLUMNS if adjoining and C < LANES else 1
+    width = C * fold
+    piece, pieces = rows.tiling(N * S // fold)
     # Threads take pieces of whole rows, or blocks of columns where the pieces are too few.
-    blocks = -(-2 * threads // pieces) if threads > 1 else 1
-    block = -(-C // (blocks * COLUMNS)) * COLUMNS
-    ahead = -(-rows.ROW_AHEAD // (rows.ROW_TILE * min(block, C)))
-    adjoining = adjoining and C >= LANES
-    group = -(-rows.ROW_JOINED // C) if adjoining else 1
+    blocks = -(-2 * threads // max(1, pieces)) if threads > 1 else 1
+    block = -(-width // (blocks * COLUMNS)) * COLUMNS
+    ahead = -(-rows.ROW_AHEAD // (rows.ROW_TILE * min(block, width)))
+    group = min(-(-rows.ROW_JOINED // C), N * S) if adjoining else 1
     shape = Shape(
         N, C, S, block, group, True, threads, streaming, adjoining,
-        rows.ROW_TILE, 0, piece, pieces, ahead, 0,
+        rows.ROW_TILE, 0, piece, pieces, ahead, 0, fold,
     )  # fmt: skip
     return Cut(
         shape, 0, rows.SPARES * rows.SPARE, 3 * (block + LANES),
-        CONSTANTS * (group * C + 4 * LANES), pieces * rows.partials_row(C),
+        CONSTANTS * (group * C + 4 * LANES), pieces * rows.partials_row(width),
     )  # fmt: skip
 
 

@@ -609,6 +609,15 @@ def product_few_columns(
 
 
 @primitive
+def product_of(dy, x, mask, bit, mean):
+    """Give dy, gone through the ReLU if there is a mask, and dy * (x - mean), of one number."""
+    g, value = np.float64(computed(dy, 0)), np.float64(computed(x, 0))
+    if not missing(mask) and _bits(mask, bit, 1, 1) & 1 == 0:
+        g = 0.0
+    return g, g * (value - mean)
+
+
+@primitive
 def column_moments(width, count, shift, total, squares, mean, m2):
     """`moments` of columns; there is room for whole Lanes of all of them."""
     n = spread(np.float64(count))

@@ -31,6 +31,7 @@ else:
     from .replay import run
 
 __all__ = [
+    "FOLDS_ROWS",
     "allocate_mask",
     "backward",
     "borrow",
@@ -46,6 +47,8 @@ __all__ = [
     "statistics",
     "upload",
 ]
+
+FOLDS_ROWS = False  # rows of few channels run as planes
 
 
 class _Call:
