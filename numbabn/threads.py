@@ -10,12 +10,14 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import _GeneratorContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel
 
 PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
@@ -33,7 +35,7 @@ ALONE = Team(1, 1)  # of calls too short to be counted
 
 _bound: ContextVar[int | None] = ContextVar("numbabn.threads", default=None)
 _running: set[int] = set()  # the caller's threads that are within a call
-_turn = threading.Lock()
+_turn = threading.RLock()  # a signal's handler may come before it is given back, and call, too
 _forked = False
 
 
@@ -104,6 +106,14 @@ def at_once() -> int:
     return 1 if _forked or layer.one_at_a_time else layer.threads()
 
 
+def bounds() -> tuple[int, int]:
+    """Give the addresses of C functions that tell, and set, how many threads the caller may use."""
+    layer = _layer()
+    functions: tuple[Any, Any] = layer.threads, layer.bind
+    told, given = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return told, given
+
+
 def run(team: Team, function: Callable[..., Any], *args: Any) -> None:
     """Call a kernel, and count it as long as it runs."""
     caller = threading.get_ident()
@@ -143,10 +153,37 @@ class _Layer(NamedTuple):
     within_a_loop: Callable[[], Any]  # whether it is at work for a parallel loop already
 
 
+def apart(work: Callable[..., Any], *args: Any) -> Any:
+    """Work where no signal is seen: Ctrl-C leaves numba unable to compile, load or start again.
+
+    The caller is interrupted all the same, and the work done in the background.
+    """
+    if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
+        return work(*args)
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=run).start()
+    except RuntimeError:  # the interpreter ends, and starts no more
+        run()
+    return outcome.result()
+
+
+def _start() -> None:
+    with global_compiler_lock:
+        numba.get_num_threads()
+
+
 @cache
 def _layer() -> _Layer:
     """Start numba's threads."""
-    numba.get_num_threads()
+    apart(_start)
     # Numba's public functions take locks first, to see whether the threads have started.
     functions = parallel._get_num_threads, parallel._set_num_threads
     name = numba.threading_layer()
@@ -176,7 +213,7 @@ def _omp_in_parallel() -> Callable[[], int]:
 def _after_fork() -> None:
     """Keep to serial kernels if the parent's threads had started: they are not there any more."""
     global _forked, _running, _turn
-    _running, _turn = set(), threading.Lock()
+    _running, _turn = set(), threading.RLock()
     with suppress(ValueError):  # raised where no layer has started
         numba.threading_layer()
         _forked = True
@@ -184,3 +221,10 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+    # A child forked while another thread compiles or starts threads would wait for their locks for
+    # ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )

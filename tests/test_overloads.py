@@ -9,7 +9,8 @@ from numba import njit, prange
 from numba.core.errors import TypingError
 
 import numbabn
-from numbabn import BatchStats, overloads, reference
+from numbabn import BatchStats, reference
+from numbabn.overloads import functional
 
 
 def arrays(shape, axis, dtype, seed=0):
@@ -30,7 +31,7 @@ def step(x, dy, residual, weight, bias, running_mean, running_var, axis):
     )
     z = numbabn.batch_norm_inference(x, running_mean, running_var, weight, axis=axis)
     stats = numbabn.batch_stats(x, axis=axis)
-    numbabn.update_running_stats(running_mean, running_var, stats, momentum=0.25)
+    numbabn.update_running_stats(running_mean, running_var, stats, momentum=0.3)
     return y, mean, invstd, mask, dx, dweight, dbias, dresidual, z, stats.mean, stats.m2
 
 
@@ -45,6 +46,7 @@ compiled_step = njit(step)
         ((6, 7, 9, 33), -1, "float32"),
         ((5, 4, 9, 11, 3), 1, "float32"),
         ((300, 5, 71), 1, "float64"),
+        ((6, 70, 3), -1, "float64"),
     ],
     ids=str,
 )
@@ -95,6 +97,49 @@ def test_what_has_no_view_is_copied():
     assert (memory[:, :, 1::2] == 7).all()
 
 
+@njit
+def step_in_place(x, dy, weight, running_mean, running_var):
+    y, mean, invstd, _ = numbabn.batch_norm_forward(x, weight, None, running_mean, running_var)
+    gradients = numbabn.batch_norm_backward(dy, x, weight, mean, invstd, with_residual=True, out=dy)
+    numbabn.batch_norm_inference(x, running_mean, running_var, out=x)
+    return y, numbabn.batch_stats(x).mean, gradients.dx, gradients.dweight, gradients.dresidual
+
+
+def test_fields_of_records_and_unaligned_arrays_are_copied():
+    data = np.zeros((2, 6, 37), [("pad", "u1"), ("x", "f4")])
+    data["x"] = arrays((6, 37), 1, "float32")[:2]
+    parameters = np.zeros(37, [("pad", "u1"), ("weight", "f4"), ("mean", "f4"), ("var", "f4")])
+    parameters["weight"], parameters["var"] = 2, 1
+    fields = [*data["x"], *(parameters[name] for name in ("weight", "mean", "var"))]
+    plain = [field.copy() for field in fields]
+    for a, b in zip(step_in_place(*fields), step_in_place(*plain), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(fields, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not data["pad"].any()
+    assert not parameters["pad"].any()
+
+    large = np.zeros(6 * 32 * 1000 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(6, 32, 1000)
+    large[...] = arrays((6, 32, 1000), 1, "float32")[0]
+    wanted = numbabn.batch_norm(large.copy(), training=True)
+    np.testing.assert_array_equal(normalized(large, large), wanted)
+    np.testing.assert_array_equal(large, wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 18, 5, 5), (4, 18, 0, 5), (4, 18, 5, 0)])
+def test_empty_batches(shape):
+    @njit
+    def run(x):
+        y, mean, invstd, _ = numbabn.batch_norm_forward(x, out=x)
+        gradients = numbabn.batch_norm_backward(x, x, None, mean, invstd, out=x)
+        numbabn.batch_norm_inference(x, mean, invstd)
+        return y.shape, gradients.dweight
+
+    y_shape, dweight = run(np.zeros(shape))
+    assert y_shape == shape
+    np.testing.assert_array_equal(dweight, np.zeros(18))
+
+
 def test_in_place_and_within_a_parallel_loop():
     @njit(parallel=True)
     def each(xs, mean, var):
@@ -130,30 +175,62 @@ def test_training_may_be_chosen_when_it_runs():
 
 
 def test_statistics_go_in_and_out_and_merge():
-    @njit
+    @njit(fastmath=True)  # of the caller alone
     def merged(stats, x):
         total = BatchStats() + stats
         total += numbabn.batch_stats(x)
         return total, total.var, total.unbiased_var, total.invstd(0.5), total.count
 
-    x = arrays((40, 7), 1, "float64")[0]
-    first = BatchStats(25, *(a[::-1] for a in (x[0], x[1] ** 2)))  # of another stride
+    x = arrays((40, 700), 1, "float64")[0]
+    x[:, 0] = 1e150
+    first = BatchStats(25, *(a[::-1] for a in (x[0].copy(), x[1] ** 2)))  # of another stride
+    first.mean[:2] = -1e308, np.inf
+
     total, var, unbiased, invstd, count = merged(first, x)
     wanted = first + numbabn.batch_stats(x)
     assert type(total) is BatchStats
     assert count == total.count == wanted.count
     np.testing.assert_array_equal(total.mean, wanted.mean)
-    np.testing.assert_allclose(total.m2, wanted.m2, rtol=1e-15)
-    np.testing.assert_allclose(var, wanted.var, rtol=1e-15)
-    np.testing.assert_allclose(unbiased, wanted.unbiased_var, rtol=1e-15)
-    np.testing.assert_allclose(invstd, wanted.invstd(0.5), rtol=1e-15)
+    np.testing.assert_array_equal(total.m2, wanted.m2)
+    np.testing.assert_array_equal(var, wanted.var)
+    np.testing.assert_array_equal(unbiased, wanted.unbiased_var)
+    np.testing.assert_array_equal(invstd, wanted.invstd(0.5))
 
 
-def test_infinity_and_not_a_number_come_through_and_empty_batches():
+def test_statistics_are_made_of_arrays_of_one_length():
+    @njit
+    def made(mean, m2):
+        return BatchStats(3, mean, m2)
+
+    stats = made(np.arange(6, dtype=np.float32)[::2], np.ones(3))
+    np.testing.assert_array_equal(stats.mean, [0, 2, 4])
+    with pytest.raises(
+        ValueError, match=r"mean, m2: expected one shape \(C,\), got \(3,\) and \(2,\)"
+    ):
+        made(np.ones(3, np.float32), np.ones(2))
+
+
+@njit
+def update(running_mean, running_var, stats):
+    numbabn.update_running_stats(running_mean, running_var, stats, momentum=0.3)
+
+
+def test_running_statistics_have_the_same_bits_and_distinct_numbers():
+    x, _, _, *running = arrays((50, 1000), 1, "float64")[:5]
+    stats = numbabn.batch_stats(x)
+    here, there = ([array.copy() for array in running] for _ in range(2))
+    update(*here, stats)
+    numbabn.update_running_stats(*there, stats, momentum=0.3)
+    np.testing.assert_array_equal(here, there)
+    one = np.lib.stride_tricks.as_strided(np.zeros(1), (1000,), (0,))
+    with pytest.raises(ValueError, match="running_var: expected distinct elements"):
+        update(here[0], one, stats)
+
+
+def test_infinity_and_not_a_number_come_through():
     x = arrays((6, 18, 5, 5), 1, "float32")[0]
     x[2, 3, 1, 1], x[0, 7, 0, 0] = np.nan, np.inf
     np.testing.assert_array_equal(normalized(x, None), numbabn.batch_norm(x, training=True))
-    assert normalized(x[:0], None).shape == (0, 18, 5, 5)
 
 
 @njit
@@ -174,6 +251,12 @@ REFUSED = {
     "out: expected memory of its own, got an overlap with x": {"x": BASE[1:], "out": BASE[:-1]},
     "out: expected distinct elements": {
         "out": np.lib.stride_tricks.as_strided(np.zeros((5, 8)), BASE.shape, (0, 64, 8))
+    },
+    "out: expected distinct elements in memory, got a stride of 64 bytes along axis 1": {
+        "out": np.lib.stride_tricks.as_strided(np.zeros(90), BASE.shape, (64, 64, 8))
+    },
+    "running_mean: expected distinct elements": {
+        "running_mean": np.lib.stride_tricks.as_strided(np.zeros(1), (5,), (0,))
     },
 }
 
@@ -229,6 +312,14 @@ FROZEN.flags.writeable = False
         (lambda x: numbabn.batch_norm(x), r"running_mean: expected an array of shape \(C,\)"),
         (lambda x: numbabn.batch_norm(x, training=1), "training: expected True or False"),
         (lambda x: numbabn.batch_norm_forward(x, eps="0"), "eps: expected a real number"),
+        (
+            lambda x: numbabn.batch_norm_forward(x, eps=np.float16(1)),
+            "eps: expected a real number, got float16",
+        ),
+        (lambda x: numbabn.batch_stats(x).invstd("0"), "eps: expected a real number"),
+        (lambda x: numbabn.batch_stats(x) + None, "other: expected BatchStats, got none"),
+        (lambda x: BatchStats(1.5, x[0], x[0]), "count: expected an integer, got float64"),
+        (lambda x: BatchStats(2, x, x), "mean: expected a 1d array of float32 or float64"),
     ],
 )
 def test_wrong_types_are_refused_while_compiling(call, message):
@@ -276,4 +367,4 @@ def test_every_public_function_is_there():
         name for name in numbabn.__all__
         if name.startswith("batch_") or name == "update_running_stats"
     }  # fmt: skip
-    assert covered <= {name.removeprefix("_") for name in vars(overloads)}
+    assert covered <= {name.removeprefix("_") for name in vars(functional)}

@@ -294,7 +294,7 @@ try:
 except KeyboardInterrupt:
     ended = time.monotonic()
     print("interrupted", ended - sent[0] > 0.05)
-print(len(threads._running), threads._turn.locked(), numba.get_num_threads(), right())
+print(len(threads._running), threads._turn._is_owned(), numba.get_num_threads(), right())
 """
 
 
@@ -339,7 +339,7 @@ def standing():
     pool = results._pool
     sizes = sum(block.nbytes for block in pool._blocks)
     return (
-        len(threads._running), threads._turn.locked(), numba.get_num_threads(),
+        len(threads._running), threads._turn._is_owned(), numba.get_num_threads(),
         threads._bound.get(), len(pool._visits), pool.kept == sizes,
     )
 
@@ -380,7 +380,7 @@ from numbabn.cpu import compilation
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[1:] == ["without"]:
-    compilation._apart = lambda work, *args: work(*args)
+    compilation.apart = lambda work, *args: work(*args)
 sent = []
 
 def interrupt(frame, event, _):

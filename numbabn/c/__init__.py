@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import cpu
 from ..cpu import schedule
-from ..threads import at_once
+from ..threads import at_once, bounds
 from . import entries
 from .structs import (
     ABI,
@@ -108,9 +108,9 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     Returns
     -------
     Table
-        One for each dtype, which lives as long as the process: what is asked for later is added.
-        Each function takes ``table.kernels`` and a call, and returns a `Status`; ctypes releases
-        the GIL meanwhile.
+        One for each dtype, which lives until the interpreter ends: what is asked for later is
+        added, and functions that have not been are NULL. Each takes ``table.kernels`` and a call,
+        and returns a `Status`; ctypes releases the GIL meanwhile.
 
     Raises
     ------
@@ -131,9 +131,9 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     >>> c.Status(table.statistics(table.kernels, call)).name, mean, m2
     ('OK', array([ 2., 20.]), array([  2., 200.]))
     """
-    if dtype not in cpu.DTYPES:
+    if not (isinstance(dtype, str) and dtype in cpu.DTYPES):
         raise ValueError(f"dtype: expected one of {', '.join(cpu.DTYPES)}, got {dtype!r}")
-    names = list(CALLS) if operations is None else operations.split()
+    names = list(CALLS) if operations is None else str(operations).split()
     if not names or not set(names) <= set(CALLS):
         raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {operations!r}")
     with _lock:
@@ -146,6 +146,7 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
                     addresses[k] = cpu.address(variant)
             setattr(found, name, FUNCTIONS[name](getattr(entries, name).address))
         if parallel:
+            kernels.told_threads, kernels.set_threads = bounds()
             kernels.threads = found.threads = at_once()
     return found
 
@@ -174,7 +175,7 @@ def capsule(abi: int, dtype: str, parallel: bool = False, operations: str | None
     'PyCapsule'
     """
     if abi != ABI:
-        raise ImportError(f"numbabn.h: expected edition {ABI}, got {abi}: compile anew with it")
+        raise ImportError(f"numbabn.h: expected edition {ABI}, got {abi!r}: compile anew with it")
     address = ctypes.addressof(table(dtype, operations, parallel=parallel))
     return _new_capsule(address, NAME, None)
 

@@ -106,6 +106,43 @@ def free(typing_context, address):
 
 
 @intrinsic
+def clear(typing_context, address, nbytes):
+    """Set bytes to 0."""
+
+    def codegen(context, builder, signature, args):
+        target = builder.inttoptr(args[0], cgutils.voidptr_t)
+        cgutils.memset(builder, target, args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def get_through(typing_context, address):
+    """Call the C function ``int f(void)`` at an address."""
+
+    def codegen(context, builder, signature, args):
+        function = ir.FunctionType(cgutils.int32_t, ())
+        value = builder.call(builder.inttoptr(args[0], function.as_pointer()), ())
+        return builder.sext(value, args[0].type)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def set_through(typing_context, address, value):
+    """Call the C function ``void f(int)`` at an address."""
+
+    def codegen(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), (cgutils.int32_t,))
+        value = builder.trunc(args[1], cgutils.int32_t)
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), (value,))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def read(typing_context, address):
     """Read an int64."""
 

@@ -12,7 +12,7 @@ from numba import carray
 from ..cpu import planes
 from ..cpu.arguments import set_number
 from ..cpu.compilation import Entry, primitive
-from .addresses import channel_numbers, copy, launcher, read, view
+from .addresses import channel_numbers, clear, copy, launcher, read, view
 from .runs import finish, gather, map_of, mask_of, operation, prepare
 from .structs import CALLS, MAX_NDIM, Kernels, Status, pointer_to
 
@@ -61,7 +61,7 @@ def _check_batch(kernels, given):
 
     known = ndim if status == Status.OK else 0
     shape, dense = np.empty(known, np.int64), np.empty(known, np.int64)
-    C, values, step = 1, 1, itemsize
+    C, values, step, whole = 1, 1, itemsize, np.float64(itemsize)
     for k in range(known - 1, -1, -1):
         size = read(np.int64(given.shape) + 8 * k)
         shape[k], dense[k] = size, step
@@ -70,7 +70,8 @@ def _check_batch(kernels, given):
             C = size
         else:
             values *= size
-        if size < 0 or C == 0:
+        whole *= size
+        if size < 0 or C == 0 or whole >= 2.0**62:
             status = Status.SHAPE
     threads = np.int64(given.threads)
     return _Batch(status, shape, dense, axis, C, values, itemsize, parameter, type_number, threads)
@@ -124,7 +125,7 @@ def _run_statistics(kernels, call):
         return Status.MEMORY
     maps = _no_map(), map_of(run, 0), _no_map(), _no_map()
     _launch_statistics(run.kernel, (maps, mean, m2, run.memory, run.shape))
-    finish(run, arrays)
+    finish(kernels, run, arrays)
     return Status.OK
 
 
@@ -159,7 +160,7 @@ def _run_inference(kernels, call):
     )  # fmt: skip
     settings = call.eps, 0.0, 0.0, call.relu != 0
     _launch_sweep(run.kernel, (maps, parameters, settings, run.memory, run.shape))
-    finish(run, arrays)
+    finish(kernels, run, arrays)
     return Status.OK
 
 
@@ -206,6 +207,8 @@ def _run_forward(kernels, call):
     run = prepare(_FORWARD, kernels.forward, kernels, batch.threads, arrays)
     if run.room == 0:
         return Status.MEMORY
+    if call.mask != 0:
+        clear(np.int64(call.mask), (batch.values * batch.C + 7) // 8)  # kernels set bits alone
     maps = map_of(run, 0), map_of(run, 1), map_of(run, 2), mask_of(run, np.int64(call.mask))
     parameters = (
         _parameter(batch, call.weight), _parameter(batch, call.bias),
@@ -213,7 +216,7 @@ def _run_forward(kernels, call):
     )  # fmt: skip
     settings = call.eps, call.momentum, call.correction, call.relu != 0
     _launch_sweep(run.kernel, (maps, parameters, settings, run.memory, run.shape))
-    finish(run, arrays)
+    finish(kernels, run, arrays)
     return Status.OK
 
 
@@ -274,7 +277,7 @@ def _run_backward(kernels, call):
     gradients = _parameter(batch, call.weight), _wide(call.mean), _wide(call.invstd), dweight, dbias
     training = call.eval == 0
     _launch_backward(run.kernel, (maps, gradients, training, run.memory, run.shape))
-    finish(run, arrays)
+    finish(kernels, run, arrays)
     return Status.OK
 
 

@@ -12,7 +12,7 @@ from ..cpu.compilation import primitive
 from ..cpu.intrinsics import LINE
 from ..layout import see
 from ..threads import PARALLEL_BYTES
-from .addresses import allocate, copy, free, read, view
+from .addresses import allocate, copy, free, get_through, read, set_through, view
 
 
 class Operation(NamedTuple):
@@ -51,6 +51,7 @@ class Run(NamedTuple):
     steps: Any  # elements [arrays and the mask, 3]
     copied: Any  # whether there are stand-ins
     room: Any  # address of all memory that was allocated; 0 if there was none left
+    bound: Any  # how many threads the caller may use otherwise; 0 if it was not bound
 
 
 @primitive
@@ -172,12 +173,18 @@ def prepare(operation, addresses, kernels, threads, arrays):
                     here[k], arrays.dense, arrays.addresses[k], arrays.strides[k],
                 )  # fmt: skip
     kernel = addresses[2 * in_rows + (threads > 1)]
-    return Run(kernel, _memory(cut, itemsize, start), cut.shape, here, steps, not fits, room)
+    bound = 0
+    if threads > 1 and room:
+        bound = get_through(kernels.told_threads)
+        set_through(kernels.set_threads, threads)
+    return Run(kernel, _memory(cut, itemsize, start), cut.shape, here, steps, not fits, room, bound)
 
 
 @primitive
-def finish(run, arrays):
-    """Put into place the outputs that could not be viewed, and give the room back."""
+def finish(kernels, run, arrays):
+    """Put into place the outputs that could not be viewed, give threads and room back."""
+    if run.bound:
+        set_through(kernels.set_threads, run.bound)
     for k in range(arrays.outputs):
         if run.copied and arrays.addresses[k]:
             copy(

@@ -160,6 +160,9 @@ class Kernels(ctypes.Structure):
         ("itemsize", c_int64),
         ("type_number", c_int64),  # NumPy's, of the dtype
         ("threads", c_int64),
+        # Functions that tell and set how many of Numba's the calling thread may use.
+        ("told_threads", c_int64),
+        ("set_threads", c_int64),
         ("caches", c_int64 * 2),  # bytes of L2 and L3
     )
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-import os
 import types
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +19,7 @@ from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
-from ..threads import ALONE, run
+from ..threads import ALONE, apart, run
 from . import arguments
 
 # Fast-math flags go by name, never `True`: `nnan` and `ninf` would let the compiler drop NaN and
@@ -95,35 +93,12 @@ def _compile(function: Callable[..., Any], variant: str, **options: Any) -> Any:
     twin = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     twin.__module__ = function.__module__
     twin.__qualname__ = f"{function.__qualname__}_{variant}"
-    dispatcher = njit(**_OPTIONS, **options)(twin)
+    dispatcher = njit(**_OPTIONS | options)(twin)
     if not numba.config.DISABLE_JIT:
         # No folder is writable: the kernels compile anew in each process.
         with contextlib.suppress(RuntimeError):
             dispatcher._cache = _PackageCache(twin)
     return dispatcher
-
-
-if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles would wait for its locks for ever.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
-
-
-def _apart(work: Callable[..., Any], *args: Any) -> Any:
-    """Work where no signal is seen: Ctrl-C leaves numba unable ever to compile or load again.
-
-    The caller is interrupted all the same, and the work done in the background.
-    """
-    if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
-        return work(*args)
-    thread = ThreadPoolExecutor(1)
-    try:
-        return thread.submit(work, *args).result()
-    finally:
-        thread.shutdown(wait=False)
 
 
 def _digest(kinds: tuple[Any, ...]) -> str:
@@ -203,9 +178,9 @@ def _linked(name: str, dispatcher: Callable[[], Any]) -> Any:
     return call
 
 
-def native(function: Callable[..., Any]) -> Any:
+def native(function: Callable[..., Any], **options: Any) -> Any:
     """Decorate what compiled functions call with a tuple of arguments; kept as kernels are."""
-    return _linked(function.__name__, cache(lambda: _compile(function, "native")))
+    return _linked(function.__name__, cache(lambda: _compile(function, "native", **options)))
 
 
 def _kind(name: str, stored: Any) -> Any:
@@ -250,7 +225,7 @@ class Kernel:
                 "NUMBA_DISABLE_JIT is set, but numbabn's kernels cannot run as Python: they "
                 "compute on vectors in registers; numbabn.reference needs no compiler"
             )
-        return _apart(self._make, stored, parallel)
+        return apart(self._make, stored, parallel)
 
     def _make(self, stored: str, parallel: bool) -> Any:
         with global_compiler_lock:  # from here on: `cached_property` has a lock of its own, too
@@ -303,10 +278,13 @@ class Entry:
     @cached_property
     def address(self) -> int:
         """Where the function is, compiled."""
+        return int(apart(self._make))
+
+    def _make(self) -> Any:
         with contextlib.suppress(RuntimeError):
             self._compiled._cache = _PackageCache(self._function)
         self._compiled.compile()
-        return int(self._compiled.address)
+        return self._compiled.address
 
 
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:

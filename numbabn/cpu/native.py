@@ -1,7 +1,7 @@
 """The operations for compiled functions: serially, in the caller's thread.
 
 Views and plans are found as for calls from Python, so that the bits are the same. Arrays come as
-addresses, sizes and steps: there is one function per operation and dtype, kept on disk as kernels
+addresses, sizes and strides: there is one function per operation and dtype, kept on disk as kernels
 are; it is called with a tuple of its arguments. Each gives False, and has done nothing, where the
 arrays have no view in common.
 
@@ -9,11 +9,12 @@ Numba frees an array after its last use and knows nothing of addresses: whoever 
 array must have the array as an argument, which the caller holds until the function returns.
 """
 
+from functools import partial
+
 import numpy as np
 from numba import njit
-from numba.extending import register_jitable
 
-from ..layout import see as see
+from ..layout import see
 from . import planes, rows
 from .arguments import (
     FLOAT32_NUM,
@@ -36,10 +37,9 @@ from .schedule import FOLDS_ROWS, PIPED, SUMMED, cache_bytes, cut_planes, cut_ro
 checked = njit(nogil=True, error_model="numpy")
 _L2, _L3 = cache_bytes(2), cache_bytes(3)
 
-register_jitable(see)
 
-
-# Checks, before anything is written. Row k of `shapes` and `steps` is of map k.
+# Checks, before anything is written. Row k of `shapes` and `strides` is of map k. Strides are in
+# bytes; a mask's bits count as elements of x.
 
 
 @checked
@@ -97,7 +97,7 @@ def _check_averaging(count, momentum, correction):
 
 
 @checked
-def _span(view, shapes, steps, k):
+def _span(view, shapes, strides, k):
     """Give the first address of a map's memory, and the first behind it; 0, 0 of none."""
     low = high = address_of(view)
     if low == 0:
@@ -105,10 +105,15 @@ def _span(view, shapes, steps, k):
     for i in range(shapes.shape[1]):
         if shapes[k, i] == 0:
             return low, low
-        reach = steps[k, i] * (shapes[k, i] - 1) * itemsize_of(view)
+        reach = strides[k, i] * (shapes[k, i] - 1)
         low += min(reach, 0)
         high += max(reach, 0)
     return low, high + itemsize_of(view)
+
+
+@primitive
+def _size_of(array):
+    return 4 if array.dtype == FLOAT32_NUM else 8
 
 
 @checked
@@ -117,7 +122,7 @@ def _numbers_span(array, C):
     if low == 0:
         return low, low
     reach = array.step * (C - 1)
-    return low + min(reach, 0), low + max(reach, 0) + (4 if array.dtype == FLOAT32_NUM else 8)
+    return low + min(reach, 0), low + max(reach, 0) + _size_of(array)
 
 
 @checked
@@ -128,26 +133,58 @@ def _check_apart(name, target, other, array):
 
 
 @checked
-def _check_in_place(other, target, array, shapes, steps, k, m):
+def _check_numbers_apart(name, target, other, array, C):
+    """`_check_apart` of numbers per channel, of which some may lie between others."""
+    step, off = abs(target.step), address_of(array) - address_of(target)
+    # Columns of one array, fields of one record.
+    between = step == abs(array.step) and step > 0
+    between = between and _size_of(target) <= off % step <= step - _size_of(array)
+    if not between:
+        _check_apart(name, _numbers_span(target, C), other, _numbers_span(array, C))
+
+
+@checked
+def _check_in_place(other, target, array, shapes, strides, k, m):
     """Check the map written first, `k`, against a map `m` that it may be."""
     same = target == array
     for i in range(shapes.shape[1]):
-        same = same and (shapes[k, i] == 1 or steps[k, i] == steps[m, i])
+        same = same and (shapes[k, i] == 1 or strides[k, i] == strides[m, i])
     if not same:
         _check_apart("out", target, other, array)
 
 
 @checked
-def _check_distinct(shapes, steps, k):
-    for i in range(shapes.shape[1]):
-        if steps[k, i] == 0 and shapes[k, i] > 1:
-            raise ValueError(
-                f"out: expected distinct elements in memory, got a step of 0 along axis {i}"
-            )
+def _check_distinct(shapes, strides, k, itemsize):
+    """Check that each axis, the closest first, steps over all that those before it reach."""
+    ndim = shapes.shape[1]
+    seen = np.zeros(ndim, np.bool_)
+    reach = itemsize
+    for _ in range(ndim):
+        next_ = -1
+        for i in range(ndim):
+            if not seen[i] and (next_ < 0 or abs(strides[k, i]) < abs(strides[k, next_])):
+                next_ = i
+        seen[next_] = True
+        if shapes[k, next_] > 1:
+            stride = strides[k, next_]
+            if abs(stride) < reach:
+                raise ValueError(
+                    f"out: expected distinct elements in memory, got a stride of {stride} bytes "
+                    f"along axis {next_}"
+                )
+            reach += abs(stride) * (shapes[k, next_] - 1)
 
 
 @checked
-def _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, training):
+def _check_distinct_numbers(name, array, C):
+    if address_of(array) != 0 and C > 1 and abs(array.step) < _size_of(array):
+        raise ValueError(
+            f"{name}: expected distinct elements in memory, got a stride of {array.step} bytes"
+        )
+
+
+@checked
+def _check_sweep(maps, parameters, lengths, settings, shapes, axis, strides, training):
     """Check a forward pass or inference; give axis and values per channel."""
     axis, count = _front_axis(axis, shapes, 1)
     C = shapes[1, axis]
@@ -160,21 +197,28 @@ def _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, train
     _check_eps(settings.eps)
     weight, bias = _numbers_span(parameters.weight, C), _numbers_span(parameters.bias, C)
     mean, var = _numbers_span(parameters.running_mean, C), _numbers_span(parameters.running_var, C)
-    y, x = _span(maps.y, shapes, steps, 0), _span(maps.x, shapes, steps, 1)
-    residual = _span(maps.residual, shapes, steps, 2)
+    y, x = _span(maps.y, shapes, strides, 0), _span(maps.x, shapes, strides, 1)
+    residual = _span(maps.residual, shapes, strides, 2)
     if training:
         _check_trainable(count)
         averaged = count if lengths[3] >= 0 else 0
         _check_averaging(averaged, settings.momentum, settings.correction)
-        _check_apart("running_mean", mean, "running_var", var)
-        for name, array in (("running_mean", mean), ("running_var", var)):
-            _check_apart(name, array, "x", x)
-            _check_apart(name, array, "residual", residual)
-            _check_apart(name, array, "weight", weight)
-            _check_apart(name, array, "bias", bias)
-    _check_distinct(shapes, steps, 0)
-    _check_in_place("x", y, x, shapes, steps, 0, 1)
-    _check_in_place("residual", y, residual, shapes, steps, 0, 2)
+        _check_numbers_apart(
+            "running_mean", parameters.running_mean, "running_var", parameters.running_var, C
+        )
+        for name, array in (
+            ("running_mean", parameters.running_mean),
+            ("running_var", parameters.running_var),
+        ):
+            _check_distinct_numbers(name, array, C)
+            _check_apart(name, _numbers_span(array, C), "x", x)
+            _check_apart(name, _numbers_span(array, C), "residual", residual)
+            _check_numbers_apart(name, array, "weight", parameters.weight, C)
+            _check_numbers_apart(name, array, "bias", parameters.bias, C)
+    if count:
+        _check_distinct(shapes, strides, 0, itemsize_of(maps.y))
+        _check_in_place("x", y, x, shapes, strides, 0, 1)
+        _check_in_place("residual", y, residual, shapes, strides, 0, 2)
     _check_apart("out", y, "weight", weight)
     _check_apart("out", y, "bias", bias)
     _check_apart("out", y, "running_mean", mean)
@@ -228,6 +272,25 @@ _statistics = _sweep("statistics", planes.statistics_planes.linked, rows.statist
 
 
 @primitive
+def _see(shape, axis, strides, itemsize, addresses):
+    """`see`, of strides and addresses in bytes: there is no view of elements across their size."""
+    whole = addresses % itemsize == 0
+    steps = np.empty(strides.shape, np.int64)
+    for k in range(strides.shape[0]):
+        for i in range(strides.shape[1]):
+            whole = whole and strides[k, i] % itemsize == 0
+            steps[k, i] = strides[k, i] // itemsize
+    fits, in_rows, N, C, S, adjoining, each = see(shape, axis, steps, FOLDS_ROWS)
+    return fits and whole, in_rows, N, C, S, adjoining, each
+
+
+@primitive
+def _see_sweep(maps, shapes, axis, strides):
+    addresses = address_of(maps.y) | address_of(maps.x) | address_of(maps.residual)
+    return _see(shapes[1], axis, strides, itemsize_of(maps.x), addresses)
+
+
+@primitive
 def _stepping(maps, steps):
     """Give a forward pass's views their steps."""
     return Forward(
@@ -239,39 +302,41 @@ def _stepping(maps, steps):
 
 
 @native
-def forward(maps, parameters, lengths, settings, shapes, axis, steps):
+def forward(maps, parameters, lengths, settings, shapes, axis, strides):
     """Statistics, normalize and running averages."""
-    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, True)
+    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, strides, True)
     if count == 0:
         for c in range(shapes[1, axis]):
             set_number(parameters.mean, c, 0.0)
             set_number(parameters.invstd, c, 1.0 / np.sqrt(settings.eps))
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps, FOLDS_ROWS)
+    fits, in_rows, N, C, S, adjoining, steps = _see_sweep(maps, shapes, axis, strides)
     if fits:
         _forward(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
 
 
 @native
-def normalize(maps, parameters, lengths, settings, shapes, axis, steps):
+def normalize(maps, parameters, lengths, settings, shapes, axis, strides):
     """Normalize by running statistics."""
-    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, steps, False)
+    axis, count = _check_sweep(maps, parameters, lengths, settings, shapes, axis, strides, False)
     if count == 0:
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[1], axis, steps, FOLDS_ROWS)
+    fits, in_rows, N, C, S, adjoining, steps = _see_sweep(maps, shapes, axis, strides)
     if fits:
         _normalize(in_rows, N, C, S, adjoining, _stepping(maps, steps), parameters, settings)
     return fits
 
 
 @native
-def statistics(maps, mean, m2, shapes, axis, steps):
+def statistics(maps, mean, m2, shapes, axis, strides):
     """Mean and M2 of each channel, which are 0 beforehand; axis and values per channel, too."""
     axis, count = _front_axis(axis, shapes, 0)
     if count == 0:
         return True, count
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[0], axis, steps, FOLDS_ROWS)
+    fits, in_rows, N, C, S, adjoining, steps = _see(
+        shapes[0], axis, strides, itemsize_of(maps.x), address_of(maps.x)
+    )
     if fits:
         maps = Forward(maps.y, stepping(maps.x, steps, 0), maps.residual, maps.mask)
         _statistics(in_rows, N, C, S, adjoining, maps, mean, m2)
@@ -279,7 +344,7 @@ def statistics(maps, mean, m2, shapes, axis, steps):
 
 
 @native
-def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
+def backward(maps, gradients, lengths, training, bits, shapes, axis, strides):
     """Gradients by x, weight, bias and residual; `bits` is the mask's length, or -1."""
     axis, count = _front_axis(axis, shapes, 3)
     C = shapes[3, axis]
@@ -292,10 +357,11 @@ def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
         _check_trainable(count)
     if bits >= 0 and bits != (count * C + 7) // 8:
         raise ValueError(f"mask: expected shape ({(count * C + 7) // 8},), got ({bits},)")
-    dx = _span(maps.dx, shapes, steps, 0)
-    _check_distinct(shapes, steps, 0)
-    _check_in_place("dy", dx, _span(maps.dy, shapes, steps, 2), shapes, steps, 0, 2)
-    _check_in_place("x", dx, _span(maps.x, shapes, steps, 3), shapes, steps, 0, 3)
+    dx = _span(maps.dx, shapes, strides, 0)
+    if count:
+        _check_distinct(shapes, strides, 0, itemsize_of(maps.dx))
+        _check_in_place("dy", dx, _span(maps.dy, shapes, strides, 2), shapes, strides, 0, 2)
+        _check_in_place("x", dx, _span(maps.x, shapes, strides, 3), shapes, strides, 0, 3)
     _check_apart("out", dx, "weight", _numbers_span(gradients.weight, C))
     _check_apart("out", dx, "mean", _numbers_span(gradients.mean, C))
     _check_apart("out", dx, "invstd", _numbers_span(gradients.invstd, C))
@@ -306,7 +372,11 @@ def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
             set_number(gradients.dweight, c, 0.0)
             set_number(gradients.dbias, c, 0.0)
         return True
-    fits, in_rows, N, C, S, adjoining, steps = see(shapes[3], axis, steps, FOLDS_ROWS)
+    addresses = address_of(maps.dx) | address_of(maps.dresidual) | address_of(maps.dy)
+    addresses |= address_of(maps.x)
+    fits, in_rows, N, C, S, adjoining, steps = _see(
+        shapes[3], axis, strides, itemsize_of(maps.x), addresses
+    )
     if fits:
         maps = Backward(
             stepping(maps.dx, steps, 0),
@@ -319,7 +389,7 @@ def backward(maps, gradients, lengths, training, bits, shapes, axis, steps):
     return fits
 
 
-@native
+@partial(native, fastmath=False)  # without contraction, as NumPy
 def update(
     running_mean, running_var, mean_length, var_length, count, mean, m2, C, momentum, correction
 ):  # fmt: skip
@@ -329,9 +399,9 @@ def update(
     _check_length("running_mean", mean_length, C)
     _check_length("running_var", var_length, C)
     _check_averaging(count, momentum, correction)
-    _check_apart(
-        "running_mean", _numbers_span(running_mean, C), "running_var", _numbers_span(running_var, C)
-    )
+    _check_distinct_numbers("running_mean", running_mean, C)
+    _check_distinct_numbers("running_var", running_var, C)
+    _check_numbers_apart("running_mean", running_mean, "running_var", running_var, C)
     if count:
         for c in range(C):
             batch = number(mean, c)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numba.extending import register_jitable
 
-from ..layout import Layout, View
+from ..layout import Layout, View, see
 from ..threads import Team, team_for
 from . import planes, rows
 from .arguments import Memory, Shape
@@ -155,7 +155,7 @@ def _lines(nbytes: int) -> int:
 
 
 for _function in (
-    cut_planes, cut_rows, rooms, _lines, _pays,
+    see, cut_planes, cut_rows, rooms, _lines, _pays,
     planes.tiling, planes.slab_row, rows.tiling, rows.partials_row,
 ):  # fmt: skip
     register_jitable(_function)

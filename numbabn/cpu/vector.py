@@ -62,7 +62,8 @@ def first_number(x, index):
 @inlined
 def moments(count, shift, total, squares):
     """Mean and M2 from the sums of deviations, and of their squares, from `shift`."""
-    return shift + total / count, squares - total * total / count
+    # total * total would overflow where M2 does not.
+    return shift + total / count, squares - total * (total / count)
 
 
 @inlined
@@ -624,7 +625,7 @@ def column_moments(width, count, shift, total, squares, mean, m2):
     for k in range(0, width, LANES):
         t = load(total, k)
         store(mean, k, load(shift, k) + t / n)
-        store(m2, k, load(squares, k) - t * t / n)
+        store(m2, k, load(squares, k) - t * (t / n))
 
 
 @inlined

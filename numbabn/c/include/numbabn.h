@@ -99,7 +99,7 @@ typedef struct numbabn_forward_call {
     numbabn_input x;
     numbabn_input residual; /* or none */
     numbabn_output y;
-    /* Written if it is there and relu is not 0: (elements + 7) / 8 bytes. Bit i % 8 of byte i / 8
+    /* Written, if it is there, all (elements + 7) / 8 bytes; NULL without relu. Bit i % 8 of byte i / 8
      * says whether element i of y, in C order, passed the ReLU. */
     uint8_t *mask;
     const void *weight; /* or NULL: ones */
@@ -169,8 +169,8 @@ static inline const char *numbabn_message(const numbabn_api *api, int status)
  *
  * `operations` are names separated by spaces, NULL for all four. `parallel` says whether calls may
  * run over Numba's threads. What has not been compiled before on this machine is compiled now, for
- * some seconds each. Needs the GIL. The table lives as long as the process; what is imported later
- * is added to it. */
+ * some seconds each. Needs the GIL. The table lives until Python is finalized, after which no
+ * function may be called; what is imported later is added to it. */
 static inline const numbabn_api *numbabn_import(
     const char *dtype, const char *operations, int parallel)
 {
