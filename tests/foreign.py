@@ -54,7 +54,7 @@ def forward(x, out=None, mask=None, threads=0, *, axis, activation, **fields):
     C = x.shape[axis]
     y = np.full_like(x, np.nan) if out is None else out
     mean, invstd = np.full(C, np.nan), np.full(C, np.nan)
-    mask = np.zeros(-(-x.size // 8), np.uint8) if activation else None
+    mask = np.full(-(-x.size // 8), 0xFF, np.uint8) if activation else None
     call = Call(
         c.ForwardCall, x, axis, threads, x=x, y=y, mask=mask, mean=mean, invstd=invstd,
         relu=activation is not None, **fields,

@@ -17,6 +17,7 @@ from foreign import Call, Foreign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import Problem
+from programs import environment_of
 
 import numbabn
 from numbabn import c, reference
@@ -278,6 +279,13 @@ def test_wrong_sizes(shape):
     assert call.run() == c.Status.SHAPE
 
 
+@pytest.mark.parametrize("shape", [(1 << 32, 4, 1 << 32), (1 << 31, 4, 1 << 33), (4, 1 << 61, 2)])
+def test_sizes_beyond_what_can_be_counted(shape):
+    call, _ = foreign.statistics(np.ones((2, 3, 2)), axis=1)
+    call.held[0][:] = shape
+    assert call.run() == c.Status.SHAPE
+
+
 def test_one_value_per_channel():
     x = cases.normal((1, 3), np.float32)
     call, _ = foreign.forward(x, **FEW)
@@ -331,6 +339,10 @@ def test_a_capsule_whatever_others_say_of_pythons_functions(monkeypatch):
 def test_wrong_tables():
     with pytest.raises(ValueError, match=r"dtype: expected one of float32.*, got 'int8'"):
         c.table("int8")
+    with pytest.raises(ValueError, match=r"dtype: expected one of .*, got dtype\('float32'\)"):
+        c.table(np.dtype("float32"))
+    with pytest.raises(ValueError, match=r"operations: expected some of .*, got \['forward'\]"):
+        c.table("float32", ["forward"])
     with pytest.raises(ValueError, match=r"operations: expected some of .*, got 'forward fold'"):
         c.table("float32", "forward fold")
     with pytest.raises(ValueError, match=r"operations: expected some of stat.*, got ''"):
@@ -376,6 +388,22 @@ for thread in threads:
 """
 
 
+BOUND = """
+import os
+import numba
+import numpy as np
+import foreign
+from numbabn import c
+x = np.random.default_rng(0).standard_normal((16, 64, 28, 28), np.float32)
+assert c.table("float32", "statistics", parallel=True).threads == 8
+before = len(os.listdir("/proc/self/task"))
+call, _ = foreign.statistics(x, threads=2, axis=1)
+assert call.run() == c.Status.OK
+assert len(os.listdir("/proc/self/task")) == before + 1
+assert numba.get_num_threads() == 8
+"""
+
+
 def run_python(code, **environment):
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = os.environ | environment | {"PYTHONPATH": path}
@@ -386,6 +414,11 @@ def run_python(code, **environment):
 def test_a_forked_child_keeps_to_its_thread():
     """OpenMP would abort."""
     run_python(FORKED)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system lists no threads")
+def test_a_call_starts_no_more_threads_than_it_asks_for():
+    run_python(BOUND, NUMBA_NUM_THREADS="8", **environment_of("omp"))
 
 
 def test_a_workqueue_is_never_entered():

@@ -176,6 +176,30 @@ print(fork(work_here))
 
 
 @needs_fork
+def test_a_fork_waits_for_a_thread_that_starts_numbas_threads():
+    code = """
+import signal
+from numba.np.ufunc import parallel
+
+starting, start = threading.Event(), parallel._set_init_process_lock
+
+def slowly():
+    starting.set()
+    time.sleep(0.5)
+    start()
+
+with numbabn.threads(1):
+    y = numbabn.batch_norm(x, training=True)
+parallel._set_init_process_lock = slowly
+threading.Thread(target=numbabn.batch_norm, args=(x,), kwargs={"training": True}).start()
+starting.wait()
+print(fork(lambda: (numbabn.batch_norm(x, training=True) == y).all()))
+"""
+    first = CALL[: CALL.index("_, mean")]  # before any call
+    assert run(first + FORK + code, NUMBA_NUM_THREADS="4").split() == ["0"]
+
+
+@needs_fork
 def test_a_fork_waits_for_a_thread_that_compiles():
     code = """
 from numba.core.compiler_lock import global_compiler_lock

@@ -404,6 +404,55 @@ def test_ctrl_c_during_the_first_call():
 
 
 @posix
+def test_ctrl_c_as_numbas_threads_start():
+    code = FIRST.replace("stream_list", "_launch_threads")
+    assert run(code, NUMBA_NUM_THREADS="2").split() == ["interrupted", "True"]
+
+
+@posix
+def test_ctrl_c_while_functions_for_c_compile():
+    code = FIRST.replace("import numbabn\n", "import numbabn\nfrom numbabn import c\n")
+    code = code.replace("numbabn.batch_stats(x)", "c.table('float32', 'statistics')")
+    assert run(code).split() == ["interrupted", "True"]
+
+
+# A signal's handler runs when the call that it interrupts has ended, but still has its turn.
+HANDLER = """
+calls = []
+large = np.broadcast_to(x[:1], (300000, *x.shape[1:]))
+signal.signal(signal.SIGALRM, lambda *_: calls.append(right()))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+numbabn.batch_stats(large)
+print(calls, threads._turn._is_owned(), right())
+"""
+
+
+@posix
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_signals_handler_may_call(layer):
+    output = run(CALL + HANDLER, NUMBA_NUM_THREADS="4", **environment_of(layer))
+    assert output == "[True] False True\n"
+
+
+LATE = """
+import threading, time
+import numpy as np
+import numbabn
+
+def serve():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    print((numbabn.batch_norm(np.ones((300, 2)), training=True) == 0).all())
+
+threading.Thread(target=serve).start()
+"""
+
+
+def test_a_first_call_after_the_main_thread_has_ended():
+    assert run(LATE) == "True\n"
+
+
+@posix
 def test_ctrl_c_during_the_first_call_would_leave_numba_broken():
     done = finish(FIRST, "without")
     assert done.returncode == 1
