@@ -98,8 +98,12 @@ def team_for(nbytes: int) -> Team:
     return _team(count, most) if count > 1 and not layer.within_a_loop() else _team(1, 1)
 
 
-def at_once() -> int:
-    """Give how many threads calls may use that many threads make at once, uncounted by `run`."""
+def threads_for_c() -> int:
+    """Give how many of numba's threads a call from C may use.
+
+    `run` does not count such calls: they do not share the threads out. It does not let them take
+    turns either, so that it is one where numba's threads may not be entered twice at once.
+    """
     layer = _layer()
     return 1 if _forked or layer.one_at_a_time else layer.threads()
 
