@@ -2,7 +2,8 @@
 
 A network of one hidden layer learns to tell handwritten digits: all its steps, forward and
 backward, are one compiled function, which calls numbabn's functions under their own names. A second
-function normalizes many recordings in the caller's own parallel loop.
+function normalizes many recordings in the caller's own parallel loop. Needs
+``pip install ".[sklearn]"``, for the digits.
 """
 
 from time import perf_counter

@@ -4,7 +4,7 @@ One kernel adds a residual, normalizes the sum by its own batch statistics, appl
 quantizes to int8: what would be four sweeps over memory is two reads of the inputs and a write of a
 quarter of their size. ``numbabn.cuda.device`` has the part of it that is batch normalization.
 
-Needs ``pip install "numbabn[cuda13]"`` (or ``[cuda12]``) and a GPU. Without the GPU the kernel is
+Needs ``pip install ".[cuda13]"`` (or ``[cuda12]``) and a GPU. Without the GPU the kernel is
 compiled for three of them, and what it takes of each is printed.
 """
 
@@ -20,7 +20,7 @@ try:
 
     from numbabn.cuda import device as bn
 except ImportError as error:
-    print(f"Nothing was run: {error}. The kernel needs: pip install 'numbabn[cuda13]'")
+    print(f"Nothing was run: {error}")
     sys.exit(0)
 
 N, C, S = 32, 256, 56 * 56  # a stage of ResNet-50

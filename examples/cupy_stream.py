@@ -1,6 +1,7 @@
 """Normalize batches on a GPU in CuPy's streams: one is copied while another is computed on.
 
-Needs a GPU of NVIDIA's, CuPy, and numbabn[cuda13] (or [cuda12], as the driver is).
+Needs a GPU of NVIDIA's, and ``pip install ".[cuda13]" cupy-cuda13x`` (or both of 12, as the driver
+is).
 """
 
 import sys
@@ -23,7 +24,7 @@ def what_is_missing():
     if not cupy.cuda.is_available():
         return "a GPU that CuPy sees"
     if find_spec("numba_cuda") is None:
-        return 'numba-cuda (pip install "numbabn[cuda13]")'
+        return 'numba-cuda (pip install ".[cuda13]")'
     return None
 
 

@@ -1,7 +1,7 @@
 """Batch normalization of a Dask array that is larger than what should be in memory.
 
 Statistics are taken one chunk at a time; inference is a step of Dask's own plan, which makes y when
-it is asked for, and then only as much of it as is.
+it is asked for, and then only as much of it as is. Needs ``pip install ".[dask]"``.
 """
 
 import time

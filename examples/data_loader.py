@@ -6,8 +6,8 @@ compute on one thread each, and the same bits. ::
     python examples/data_loader.py [fork | spawn | forkserver]
 """
 
+import argparse
 import multiprocessing
-import sys
 import time
 import warnings
 
@@ -40,12 +40,15 @@ def bound():
 def main(method):
     """Train a layer on batches from workers that begin by a method."""
     # In the parent, on all threads: the statistics of the data set, in one pass.
-    begun = time.perf_counter()
-    batches = (read(number).astype(np.float32) for number in range(BATCHES))
-    population = numbabn.population_stats(batches)
+    population, took = numbabn.BatchStats(), 0.0
+    for number in range(BATCHES):
+        batch = read(number).astype(np.float32)
+        begun = time.perf_counter()
+        population += numbabn.batch_stats(batch)
+        took += time.perf_counter() - begun
     mean, var = population.mean.astype(np.float32), population.var.astype(np.float32)
     print(f"Data set: {population.count / SHAPE[2] / SHAPE[3]:.0f} images, mean {mean.round(1)}")
-    print(f"Statistics on {numba.get_num_threads()} threads: {time.perf_counter() - begun:.2f} s")
+    print(f"Statistics on {numba.get_num_threads()} threads: {took:.2f} s")
 
     layer, seen = numbabn.BatchNorm(3), numbabn.BatchStats()
     with warnings.catch_warnings():
@@ -78,4 +81,7 @@ def main(method):
 
 if __name__ == "__main__":
     methods = multiprocessing.get_all_start_methods()
-    main(sys.argv[1] if len(sys.argv) > 1 else "fork" if "fork" in methods else "spawn")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    default = "fork" if "fork" in methods else "spawn"
+    parser.add_argument("method", nargs="?", choices=methods, default=default)
+    main(parser.parse_args().method)

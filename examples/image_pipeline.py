@@ -3,7 +3,7 @@
 Crops of two photographs come as uint8, 32 at a time, as a camera or a loader would bring them. A
 first pass keeps running statistics, a second one takes those of the whole stream exactly, and a
 third one standardizes in place. Both are held against the exact statistics, which bytes allow: from
-how often each of the 256 values comes. Needs ``pip install "numbabn[demo]"``.
+how often each of the 256 values comes. Needs ``pip install ".[demo]"``.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Train a small residual network on handwritten digits in JAX, with numbabn's batch normalization.
 
-Needs JAX and scikit-learn: pip install "numbabn[jax,sklearn]"
+Needs ``pip install ".[jax,sklearn]"``.
 """
 
 from functools import partial

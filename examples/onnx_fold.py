@@ -1,7 +1,8 @@
 """Fold the batch norm of an ONNX model into its convolutions, from file to file.
 
 A residual network of ResNet-18's shapes is built, saved, folded and run in ONNX Runtime before and
-after. Its weights are drawn at random: the arithmetic does not mind. Needs onnx and onnxruntime.
+after. Its weights are drawn at random: the arithmetic does not mind. Needs
+``pip install ".[onnx]" onnxruntime``.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Run BatchNormalization of ONNX's reference evaluator by numbabn's kernels; read layers out.
 
 A model with one batch norm in training mode is evaluated as onnx does it and as numbabn does, then
-its layer is read out of the file and goes on by itself. Needs onnx.
+its layer is read out of the file and goes on by itself. Needs ``pip install ".[onnx]"``.
 """
 
 import time

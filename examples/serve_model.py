@@ -3,7 +3,7 @@
 A convolutional network learns scikit-learn's digits with the demo's layers. Then it answers
 requests, of one image and of 32, twice: with its normalizations in evaluation mode, and with each
 folded into the convolution or linear layer before it by ``numbabn.fold``, which leaves a bias.
-Needs ``pip install "numbabn[demo]"``.
+Needs ``pip install ".[demo]"``.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Scale columns and channels with batch normalization's statistics in scikit-learn's pipelines.
 
-Needs scikit-learn: pip install "numbabn[sklearn]". The data come with it.
+Needs ``pip install ".[sklearn]"``. The data come with scikit-learn.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Normalize the bands of an xarray data set by name, whatever order its dimensions are in.
 
 `xarray.apply_ufunc` takes numbabn's functions as they are. It gives them the named dimensions last,
-as a view, which numbabn reads and writes without a copy.
+as a view, which numbabn reads and writes without a copy. Needs ``pip install ".[dask,xarray]"``.
 """
 
 import time

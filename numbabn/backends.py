@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import cpu, host
-from .libraries import CPU, DeviceArray, host_of, kind_of, library_of
-
-_INSTALL = 'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
+from .libraries import CPU, CUDA_EXTRA, DeviceArray, host_of, kind_of, library_of
 
 
 @cache
@@ -23,7 +21,7 @@ def cuda_backend() -> Any:
         If this machine lacks what it takes.
     """
     if find_spec("numba_cuda") is None:
-        raise RuntimeError(f"CUDA arrays: expected numba-cuda, got none installed: {_INSTALL}")
+        raise RuntimeError(f"CUDA arrays: expected numba-cuda, got none installed: {CUDA_EXTRA}")
     from . import cuda
     from .cuda.arrays import require_device
 

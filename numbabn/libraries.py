@@ -28,6 +28,7 @@ _REFUSED = {
 _NAMESPACES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jaxlib": "jax.numpy"}
 ANY = "any other library"
 CPU = "the CPU"
+CUDA_EXTRA = 'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
 
 
 def _classes(kind: type) -> list[tuple[str, str]]:

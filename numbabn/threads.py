@@ -6,12 +6,13 @@ that calls a team of its own, and aborts a child forked after use.
 """
 
 import ctypes
+import inspect
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import _GeneratorContextManager, contextmanager, suppress
+from contextlib import _GeneratorContextManager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
@@ -39,12 +40,26 @@ _turn = threading.RLock()  # a signal's handler may come before it is given back
 _forked = False
 
 
-def threads(limit: int) -> _GeneratorContextManager[None]:
+class _Bound(_GeneratorContextManager[None]):
+    def __call__(self, func: Any) -> Any:
+        """Decorate a function, which must have done its work when it returns."""
+        is_async = inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func)
+        if is_async or inspect.isgeneratorfunction(func):
+            raise TypeError(
+                "threads: expected a function that is neither async nor a generator, got "
+                f"{func!r}, whose body runs after it has returned: "
+                "use `with numbabn.threads(...)` within it"
+            )
+        return super().__call__(func)
+
+
+def threads(limit: int) -> _Bound:
     """Bound how many threads a call takes, in a ``with`` statement or as a decorator.
 
     Holds for calls of the thread, or asyncio task, that enters it. Other bounds hold beside it:
     those around it, ``numba.set_num_threads``, and an equal share where several threads call at
-    once. Results have the same bits whatever the number.
+    once. Results have the same bits whatever the number. Each ``with`` takes a bound of its own. A
+    decorated function is a plain one: within what is async, or a generator, write ``with``.
 
     Parameters
     ----------
@@ -55,7 +70,7 @@ def threads(limit: int) -> _GeneratorContextManager[None]:
     Raises
     ------
     TypeError, ValueError
-        If it is no such number.
+        If it is no such number, or the decorated function is async or a generator.
 
     Examples
     --------
@@ -72,11 +87,10 @@ def threads(limit: int) -> _GeneratorContextManager[None]:
         raise TypeError(f"limit: expected a whole number of threads, got {kind}") from None
     if not 1 <= limit <= most:
         raise ValueError(f"limit: expected 1 to {most} (NUMBA_NUM_THREADS), got {limit}")
-    return _bounded(limit)
+    return _Bound(_bounded, (limit,), {})
 
 
-@contextmanager
-def _bounded(limit: int) -> Iterator[None]:
+def _bounded(limit: int) -> Generator[None, None, None]:
     around = _bound.get()
     try:
         _bound.set(min(limit, around or limit))
@@ -100,8 +114,12 @@ def team_for(nbytes: int) -> Team:
     return _team(count, most) if count > 1 and not layer.within_a_loop() else _team(1, 1)
 
 
-def at_once() -> int:
-    """Give how many threads calls may use that many threads make at once, uncounted by `run`."""
+def threads_for_c() -> int:
+    """Give how many of numba's threads a call from C may use.
+
+    `run` does not count such calls: they do not share the threads out. It does not let them take
+    turns either, so that it is one where numba's threads may not be entered twice at once.
+    """
     layer = _layer()
     return 1 if _forked or layer.one_at_a_time else layer.threads()
 

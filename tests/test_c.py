@@ -323,7 +323,7 @@ def test_a_table_grows():
     assert (table.dtype, table.itemsize) == (b"float64", 8)
     kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     pointer = kind(("PyCapsule_GetPointer", ctypes.pythonapi))
-    capsule = c.capsule(structs.ABI, "float64", False, "statistics")
+    capsule = c.capsule(structs.ABI, "float64", "statistics")
     assert pointer(capsule, b"numbabn.c.table") == ctypes.addressof(table)
 
 
@@ -333,7 +333,7 @@ def test_a_capsule_whatever_others_say_of_pythons_functions(monkeypatch):
         shared, "argtypes", (ctypes.c_void_p, ctypes.c_char_p, ctypes.CFUNCTYPE(None))
     )
     monkeypatch.setattr(shared, "restype", ctypes.c_int)
-    assert type(c.capsule(structs.ABI, "float64", False, "statistics")).__name__ == "PyCapsule"
+    assert type(c.capsule(structs.ABI, "float64", "statistics")).__name__ == "PyCapsule"
 
 
 def test_wrong_tables():
@@ -434,6 +434,16 @@ def test_the_header_says_what_structs_say():
     assert re.search(r"#define NUMBABN_MAX_NDIM (\d+)", text)[1] == str(structs.MAX_NDIM)
 
 
+def test_what_the_header_says_may_be_null():
+    text = (Path(c.get_include()) / "numbabn.h").read_text()
+    for operation in structs.CALLS:
+        struct = re.search(rf"struct numbabn_{operation}_call {{(.*?)^}}", text, re.M | re.S)[1]
+        for name in re.findall(r"\*(\w+); +/\* .*or NULL", struct):
+            call, _ = _calls()[operation]
+            setattr(call.struct, name, None)
+            assert call.run() == c.Status.OK, (operation, name)
+
+
 # What the header declares by other names.
 DECLARED = {
     "numbabn_input": structs.Input,
@@ -491,7 +501,7 @@ def test_the_header_lays_out_structs_as_ctypes_does(suffix, tmp_path):
     assert [int(number) for number in printed.split()] == expected
 
 
-TABLE = r"""
+START = r"""
 #include <Python.h>
 #include <numbabn.h>
 #include <stdio.h>
@@ -505,7 +515,8 @@ int main(int argc, char **argv)
     PyConfig_Clear(&config);
     if (PyStatus_Exception(status))
         Py_ExitStatusException(status);
-
+"""
+TABLE = r"""
     if (numbabn_import("int8", NULL, 0) || !PyErr_ExceptionMatches(PyExc_ValueError))
         return 1;
     PyErr_Clear();
@@ -533,7 +544,7 @@ int main(int argc, char **argv)
 @pytest.mark.parametrize("suffix", [".c", ".cpp"])
 def test_an_embedded_table(suffix, tmp_path):
     source, program = tmp_path / f"table{suffix}", tmp_path / "table"
-    source.write_text(TABLE)
+    source.write_text(START + TABLE)
     build(source, program, embed=True)
     assert run_embedded(program).splitlines() == [
         structs.MESSAGES[c.Status.NOT_LOADED],
@@ -542,6 +553,39 @@ def test_an_embedded_table(suffix, tmp_path):
         "0 2 20 2 200",
         "0 5.5 16.5 40.5 364.5",
     ]
+
+
+PAGE = r"""
+    static float x[32 * 64 * 56 * 56], y[32 * 64 * 56 * 56], running_mean[64], running_var[64];
+    x[0] = 3;
+    running_var[0] = 4;
+    {
+        BLOCK
+    }
+    printf("%.3f\n", (double)y[0]);
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("importable", [True, False])
+def test_the_page(importable, tmp_path):
+    """Its first block runs, and ends with Python's message where numbabn cannot be imported."""
+    page = (EXAMPLES.parent / "docs" / "c.md").read_text()
+    block = re.search(r"```c\n(.*?)```", page, re.DOTALL)[1]
+    source, program = tmp_path / "page.c", tmp_path / "page"
+    source.write_text(START + PAGE.replace("BLOCK", block))
+    build(source, program, embed=True)
+    if importable:
+        assert run_embedded(program) == "1.500\n"
+        return
+    (tmp_path / "numbabn.py").write_text("raise ImportError('not today')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [program, sys.executable],
+        env=environment, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ImportError: not today")
 
 
 @pytest.mark.parametrize("name", ["batch_norm.c", "batch_norm.cpp"])

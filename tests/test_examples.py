@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import finish
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+every = pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@every
 def test_example(path, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", path],
@@ -27,3 +29,17 @@ def test_example(path, tmp_path):
     assert done.stderr == ""
     assert done.stdout.strip()
     assert not [*tmp_path.iterdir()]
+
+
+@every
+def test_an_example_says_what_to_install(path):
+    _, docstring, code = path.read_text().split('"""', 2)
+    libraries = {*re.findall(r"^ *(?:import|from) (\w+)", code, re.MULTILINE)}
+    if libraries - {*sys.stdlib_module_names, "numba", "numbabn", "numpy"}:
+        assert re.search(r'``pip install "\.\[.*\]".*``', docstring)
+
+
+def test_a_start_method_that_there_is_not():
+    done = finish(EXAMPLES / "data_loader.py", "thread", PYTHONPATH=str(EXAMPLES.parent))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: data_loader.py" in done.stderr

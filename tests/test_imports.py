@@ -106,6 +106,18 @@ def test_importing_loads_no_extra():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_what_computes_on_devices_says_what_it_needs():
+    code = (
+        "from importlib import util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'numba_cuda' else find(name)\n"
+        "import numbabn.cuda.device\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = "ImportError: numbabn.cuda: expected numba-cuda, got none installed: pip install "
+    assert done.stderr.splitlines()[-1].startswith(expected)
+
+
 def test_public_names():
     for name in numbabn.__all__:
         assert getattr(numbabn, name).__doc__

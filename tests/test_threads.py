@@ -270,6 +270,26 @@ def test_a_bound_that_is_no_number_of_threads(limit):
         numbabn.threads(limit)
 
 
+async def _coroutine(): ...
+
+
+async def _async_generator():
+    yield
+
+
+def _generator():
+    yield
+
+
+@pytest.mark.parametrize("function", [_coroutine, _async_generator, _generator])
+def test_a_bound_that_would_end_before_the_body_begins(function):
+    got = f"got <function {function.__name__} .*: use `with numbabn.threads"
+    with pytest.raises(
+        TypeError, match=f"threads: expected .* neither async nor a generator, {got}"
+    ):
+        numbabn.threads(1)(function)
+
+
 # A call that takes a second or more on a large array that takes no memory. A thread sends Ctrl-C
 # while it runs, which it could not if the call did not let other threads go on. What a shell starts
 # in the background ignores Ctrl-C unless it asks for it.

@@ -17,7 +17,11 @@ import numpy as np
 
 from .. import cpu
 from ..cpu import schedule
+<<<<<<< HEAD
 from ..threads import at_once, bounds
+=======
+from ..threads import threads_for_c
+>>>>>>> fix-d
 from . import entries
 from .structs import (
     ABI,
@@ -146,19 +150,23 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
                     addresses[k] = cpu.address(variant)
             setattr(found, name, FUNCTIONS[name](getattr(entries, name).address))
         if parallel:
+<<<<<<< HEAD
             kernels.told_threads, kernels.set_threads = bounds()
             kernels.threads = found.threads = at_once()
+=======
+            kernels.threads = found.threads = threads_for_c()
+>>>>>>> fix-d
     return found
 
 
-def capsule(abi: int, dtype: str, parallel: bool = False, operations: str | None = None) -> Any:
+def capsule(abi: int, dtype: str, operations: str | None = None, parallel: bool = False) -> Any:
     """Give `table` as a PyCapsule; ``numbabn_import`` of ``numbabn.h`` calls this.
 
     Parameters
     ----------
     abi : int
         The edition of the header that the caller was compiled with.
-    dtype, parallel, operations
+    dtype, operations, parallel
         As of `table`.
 
     Raises
@@ -171,7 +179,7 @@ def capsule(abi: int, dtype: str, parallel: bool = False, operations: str | None
     Examples
     --------
     >>> from numbabn import c
-    >>> type(c.capsule(1, "float64", False, "statistics")).__name__
+    >>> type(c.capsule(1, "float64", "statistics")).__name__
     'PyCapsule'
     """
     if abi != ABI:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..libraries import DeviceArray, Form, Place, form_of, host_of, library_of
+from ..libraries import CUDA_EXTRA, DeviceArray, Form, Place, form_of, host_of, library_of
 from .adapters import Library, handle_of, library
 from .formats import WORD
 
@@ -33,8 +33,7 @@ def require_device() -> None:
             "The driver is the system's to install, see https://www.nvidia.com/drivers"
         )
     raise RuntimeError(
-        "CUDA arrays: expected NVVM, which compiles kernels, got none: "
-        'pip install "numbabn[cuda13]" (or [cuda12], as the driver is)'
+        f"CUDA arrays: expected NVVM, which compiles kernels, got none: {CUDA_EXTRA}"
     )
 
 

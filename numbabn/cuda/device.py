@@ -100,12 +100,12 @@ def load4(x, i):
     """
     if i + 4 <= len(x) and is_aligned(x, i):
         return get_four(x, i)
-    none = x.dtype.type(0)
+    zero = x.dtype.type(0)
     return (
-        x[i] if i < len(x) else none,
-        x[i + 1] if i + 1 < len(x) else none,
-        x[i + 2] if i + 2 < len(x) else none,
-        x[i + 3] if i + 3 < len(x) else none,
+        x[i] if i < len(x) else zero,
+        x[i + 1] if i + 1 < len(x) else zero,
+        x[i + 2] if i + 2 < len(x) else zero,
+        x[i + 3] if i + 3 < len(x) else zero,
     )
 
 
@@ -181,7 +181,7 @@ def add4(moments, values, count):
     -------
     Moments
     """
-    none = np.float32(0)
+    zero = np.float32(0)
     if count < 1:
         return moments
     number = moments.count + np.float32(np.int32(min(count, 4)))
@@ -189,8 +189,8 @@ def add4(moments, values, count):
     r, s = _if(count > 2, values[2]), _if(count > 3, values[3])
     mean, rest = moments.mean, moments.mean_rest
     if not _is_finite(mean):  # and it stays so
-        return Moments(number, mean + ((p + q) + (r + s)), none, moments.m2, moments.m2_rest)
-    if moments.count == none and _is_finite(p):
+        return Moments(number, mean + ((p + q) + (r + s)), zero, moments.m2, moments.m2_rest)
+    if moments.count == zero and _is_finite(p):
         mean = p
     p, q = (p - mean) - rest, _if(count > 1, (q - mean) - rest)
     r, s = _if(count > 2, (r - mean) - rest), _if(count > 3, (s - mean) - rest)

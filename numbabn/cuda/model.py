@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import cuda
 from ..layout import arrange
 from ..libraries import DeviceArray, Place, form_of
 from .compilation import Code, Variant, compiled
@@ -106,7 +107,7 @@ def cut_of(op: str, shape: tuple[int, ...], axis: int, dtype: np.dtype[np.generi
     place = Place(None, 0, 0, False)
     array = DeviceArray(None, place, 0, form_of(shape, strides, dtype))
     count = 3 if op == "backward" else 2
-    layout = arrange(None, axis % len(shape), (array,) * (count - 1), (array,))
+    layout = arrange(cuda, axis % len(shape), (array,) * (count - 1), (array,))
     sums, _, _ = TRAFFIC[op]
     return cut(layout.plan, dtype.name, (0,) * count, max(sums, 1))
 

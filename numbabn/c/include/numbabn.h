@@ -106,8 +106,8 @@ typedef struct numbabn_forward_call {
     const void *bias;   /* or NULL: zeros */
     void *running_mean; /* or NULL; (1 - momentum) * running + momentum * batch */
     void *running_var;  /* or NULL; the batch's is divided by count - correction */
-    double *mean;       /* or NULL; written, as invstd, for the backward pass */
-    double *invstd;     /* or NULL */
+    double *mean;       /* written, as invstd, for the backward pass */
+    double *invstd;
     double eps;
     double momentum;
     double correction;
@@ -178,8 +178,8 @@ static inline const numbabn_api *numbabn_import(
     PyObject *capsule = NULL;
     PyObject *module = PyImport_ImportModule("numbabn.c");
     if (module) {
-        capsule = PyObject_CallMethod(module, "capsule", "isiz", NUMBABN_ABI, dtype, parallel,
-            operations);
+        capsule = PyObject_CallMethod(module, "capsule", "iszi", NUMBABN_ABI, dtype, operations,
+            parallel);
         Py_DECREF(module);
     }
     if (capsule) {
