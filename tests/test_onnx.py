@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from numbabn import reference
+from numbabn import BatchNorm, reference
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -354,9 +354,7 @@ class TestLayers:
         model = chain(*nodes, x=x, initializers={"kept": mean, "var": var})
         (layer,) = bn.layers(model).values()
         state = layer.state_dict()
-        for array, name in zip(
-            (scale, shift, mean, var), bn.BatchNorm(C).state_dict(), strict=False
-        ):
+        for array, name in zip((scale, shift, mean, var), BatchNorm(C).state_dict(), strict=False):
             np.testing.assert_array_equal(state[name], array)
 
     def test_errors(self):
@@ -723,7 +721,7 @@ class TestFiles:
     def test_models_too_large_for_one_file(self, tmp_path, monkeypatch):
         """As if 1 KB were too large for one."""
         x, model = self.model()
-        monkeypatch.setattr(bn, "_ONE_FILE", 1000)
+        monkeypatch.setattr("numbabn.onnx.files._ONE_FILE", 1000)
         onnx.save(model, tmp_path / "a.onnx")
         bn.fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx")
         assert (tmp_path / "b.onnx.data").stat().st_size >= 16 * 4 * 9 * 4
