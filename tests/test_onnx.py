@@ -444,6 +444,34 @@ def within_rounding(model, folded, x, products):
     assert np.all(magnitude < 1e3)  # so that this is a bound
 
 
+def choice(then, otherwise, *, x, initializers):
+    """A model that is one of two graphs."""
+    node = helper.make_node("If", ["if"], ["Y"], then_branch=then, else_branch=otherwise)
+    model = chain(node, x=x, initializers=initializers)
+    model.graph.input.append(value("if", np.bool_, []))
+    return model
+
+
+def either_way_alike(folded, model, x):
+    for chosen in (True, False):
+        feeds = {"X": x, "if": np.array(chosen)}
+        (got,), (expected,) = run(folded, feeds), run(model, feeds)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
+
+
+def loop(*nodes, carried, initializers, outputs=("Y",)):
+    """A model that runs nodes twice; what they call "next" is a value of the second run."""
+    going = helper.make_node("Identity", ["going"], ["on"])
+    inputs = [value("run", np.int64, []), value("going", np.bool_, []), value(carried)]
+    made = [value("on", np.bool_, []), value("next"), *map(value, outputs)]
+    body = helper.make_graph([*nodes, going], "body", inputs, made)
+    node = helper.make_node("Loop", ["count", "true", carried], ["last", "Z"], body=body)
+    initializers = initializers | {"count": np.array(2), "true": np.array(True)}
+    tensors = constants(initializers.values(), initializers)
+    ends = [value("X", shape=[2, 4, 8, 8])], [value("Z", shape=[None] * 5)]
+    return model_of([node], *ends, tensors)
+
+
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 
 
@@ -627,20 +655,74 @@ class TestFold:
         for node in (norm_node("h", "o", name="norm"), helper.make_node("Relu", ["h"], ["o"])):
             conv = helper.make_node("Conv", ["X", "W"], ["h"])
             branches.append(helper.make_graph([conv, node], "branch", [], [value("o")]))
-        choice = helper.make_node(
-            "If", ["if"], ["Y"], then_branch=branches[0], else_branch=branches[1]
-        )
-        model = chain(choice, x=x, initializers=weights)
-        model.graph.input.append(value("if", np.bool_, []))
+        model = choice(*branches, x=x, initializers=weights)
         assert list(bn.layers(model)) == ["norm"]
         result = bn.fold(model)
         assert (result.folded, result.kept) == (["norm"], {})
         onnx.checker.check_model(result.model)
         assert {t.name for t in result.model.graph.initializer} == {"W", "o.weight", "o.bias"}
-        for chosen in (True, False):
-            feeds = {"X": x, "if": np.array(chosen)}
-            (got,), (expected,) = run(result.model, feeds), run(model, feeds)
-            np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
+        either_way_alike(result.model, model, x)
+
+    @pytest.mark.parametrize("kinds", [("Conv", "Conv"), ("Conv", "Relu"), ("Relu", "Conv")])
+    @pytest.mark.parametrize("own", [True, False], ids=["own weights", "weights around"])
+    def test_branches_whose_names_are_the_same(self, kinds, own):
+        x = cases.normal((2, 4, 8, 8), np.float32)
+        weights = {"W": cases.normal((4, 4, 3, 3), np.float32, seed=7)}
+        branches, arrays = [], []
+        for i, kind in enumerate(kinds):
+            arrays.append(parameters(4, seed=10 * i * own))
+            before = helper.make_node(kind, ["X", "W"] if kind == "Conv" else ["X"], ["h"])
+            made = [before, norm_node("h", "o")], "branch", [], [value("o")]
+            branches.append(helper.make_graph(*made, constants(arrays[i], NAMES) if own else []))
+        outside = weights if own else weights | named(arrays[0])
+        model = choice(*branches, x=x, initializers=outside)
+        onnx.checker.check_model(model, full_check=True)
+        found = bn.layers(model)
+        assert list(found) == ["o", "o1"]
+        assert {a.weight.tobytes() for a in found.values()} == {a[0].tobytes() for a in arrays}
+        result = bn.fold(model)
+        assert len(result.folded) == kinds.count("Conv")
+        assert sorted([*result.folded, *result.kept]) == ["o", "o1"]
+        onnx.checker.check_model(result.model, full_check=True)
+        either_way_alike(result.model, model, x)
+
+    @pytest.mark.parametrize("name", ["W", "mean"])
+    def test_a_value_of_a_loop_hides_a_constant_of_its_name(self, name):
+        weights = {"W": cases.normal((C, 4, 3, 3), np.float32, seed=7)} | named(parameters())
+        conv = helper.make_node("Conv", ["X", "W"], ["h"])
+        twice = helper.make_node("Add", [name, name], ["next"])
+        model = loop(conv, norm_node("h", name="norm"), twice, carried=name, initializers=weights)
+        onnx.checker.check_model(model)
+        result = bn.fold(model)
+        assert result.model == model
+        assert result.kept["norm"].endswith("not constant")
+        if name == "mean":
+            with pytest.raises(ValueError, match=r"expected input_mean of 'norm'.*, got 'mean'"):
+                bn.layers(model)
+
+    def test_what_goes_by_a_name_that_is_gone_or_moves(self):
+        """A value of a loop as a mean that was folded; what a branch made as the norm's output."""
+        x = cases.normal((2, 4, 8, 8), np.float32)
+        weights = {"W": cases.normal((C, 4, 3, 3), np.float32, seed=7)} | named(parameters())
+        inner = helper.make_node("Abs", ["X"], ["Y"])
+        branch = helper.make_graph([inner], "branch", [], [value("Y")])
+        body = [helper.make_node("Identity", ["W"], ["next"])]
+        body.append(helper.make_node("Add", ["Y", "Y"], ["o"]))
+        model = loop(*body, carried="mean", initializers=weights, outputs=["o"])
+        before = [
+            helper.make_node("Conv", ["X", "W"], ["h"]),
+            helper.make_node("If", ["true"], ["b"], then_branch=branch, else_branch=branch),
+            norm_node("h", name="norm"),
+        ]
+        after = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*before, *after])
+        onnx.checker.check_model(model)
+        result = bn.fold(model)
+        assert result.folded == ["norm"]
+        onnx.checker.check_model(result.model)
+        (got,), (expected,) = run(result.model, {"X": x}), run(model, {"X": x})
+        np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
 
     def kept(self, *nodes, reason, outputs=("Y",), extra=(), opset=15, change=None):
         """Fold a model of which nothing can be folded."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import ModelProto, NodeProto
 
 from ..conventions import CONVENTIONS
 from ..fold import fold as fold_weights
@@ -77,11 +77,9 @@ def fold(model: ModelProto | str | os.PathLike[str]) -> Folded:
 def fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
     """Fold, and name the batch norms that are gone, and those that stayed, with the reason."""
     scopes = scopes_of(model)
-    taken = {name for scope in scopes for name in (*scope.constants, *scope.makers, *scope.uses)}
-    taken.update(value.name for value in model.graph.input)
+    taken = {name for scope in scopes for name in (*scope.names, *scope.uses)}
     folded: list[str] = []
     kept: dict[str, str] = {}
-    freed: set[str] = set()
     for name, node, scope in batch_norms(scopes):
         reason = _reason_to_keep(node, scope)
         if reason is not None:
@@ -92,10 +90,10 @@ def fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
         if not all(np.isfinite(array).all() for array in arrays):
             kept[name] = f"the folded weights are not finite in {arrays[0].dtype}"
             continue
-        freed.update(node.input, before.input[1:])
-        output = node.output[0]
         folded.append(name)
-        scope.folded.add(output)
+        scope.folded.add(node.input[0])
+        scope.freed.update(node.input, before.input[1:])
+        output = node.output[0]
         tensors = [
             onnx.numpy_helper.from_array(array, new_name(f"{output}.{kind}", taken))
             for kind, array in zip(("weight", "bias"), arrays, strict=True)
@@ -106,13 +104,15 @@ def fold_in_place(model: ModelProto) -> tuple[list[str], dict[str, str]]:
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors
             )
         scope.constants.update({tensor.name: tensor for tensor in tensors})
-        del before.input[1:]
-        before.input.extend(tensor.name for tensor in tensors)
-        before.output[0] = output
-        scope.makers[output] = before
-        _delete(before.attribute, lambda a: a.name == "beta")
-    for scope in reversed(scopes):
-        _remove(scope.graph, scope.folded, freed)
+        node.CopyFrom(before)
+        del node.input[1:]
+        node.input.extend(tensor.name for tensor in tensors)
+        node.output[0] = output
+        _delete(node.attribute, lambda a: a.name == "beta")
+    for scope in reversed(scopes):  # from within, since weights may be of graphs around
+        _remove(scope)
+        if scope.outer:
+            scope.outer.freed.update(scope.freed - scope.names)
     return folded, kept
 
 
@@ -122,9 +122,10 @@ def _delete(values: Any, unwanted: Callable[[Any], bool]) -> None:
             del values[i]
 
 
-def _remove(graph: GraphProto, outputs: set[str], freed: set[str]) -> None:
-    """Remove batch norms by their outputs, and of the names freed those that nothing uses now."""
-    _delete(graph.node, lambda n: is_standard(n, "BatchNormalization") and n.output[0] in outputs)
+def _remove(scope: Scope) -> None:
+    """Remove layers that others took the place of, and of what they used what nothing uses now."""
+    graph, freed = scope.graph, scope.freed
+    _delete(graph.node, lambda node: not scope.folded.isdisjoint(node.output))
     uses = uses_of(graph)
 
     def unused(name: str) -> bool:

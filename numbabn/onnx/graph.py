@@ -15,10 +15,13 @@ class Scope(NamedTuple):
     """A graph, and what can be known about names in it."""
 
     graph: GraphProto
+    outer: "Scope | None"
+    names: set[str]  # its own: inputs, initializers and what its nodes make
     constants: dict[str, TensorProto]  # those of the graphs around it, too
     makers: dict[str, NodeProto]
     uses: Counter[str]  # by nodes, in subgraphs too, and as outputs of a graph
-    folded: set[str]  # outputs of batch norms in this graph that are to be removed
+    folded: set[str]  # what layers made that do what batch norm behind them did, too
+    freed: set[str]  # what they used
 
 
 def loaded(model: Any) -> ModelProto:
@@ -82,14 +85,18 @@ def uses_of(graph: GraphProto) -> Counter[str]:
 def scopes_of(model: ModelProto) -> list[Scope]:
     """List a model's graph, then those within its nodes."""
     # What is an input, too, may be overridden, except that before version 4 all had to be inputs.
-    inputs = {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
-    return list(_scopes_within(model.graph, {}, inputs))
+    return list(_scopes_within(model.graph, None, overridable=model.ir_version >= 4))
 
 
-def _scopes_within(
-    graph: GraphProto, around: dict[str, TensorProto], inputs: set[str]
-) -> Iterator[Scope]:
-    constants = around | {t.name: t for t in graph.initializer if t.name not in inputs}
+def _scopes_within(graph: GraphProto, outer: Scope | None, overridable: bool) -> Iterator[Scope]:
+    inputs = {i.name for i in graph.input}
+    initializers = {t.name: t for t in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    names = {*inputs, *initializers, *makers}
+    # A name of its own hides that of a graph around it: a Loop's value may go by its initial one's.
+    around = outer.constants.items() if outer else ()
+    constants = {name: t for name, t in around if name not in names}
+    constants |= {n: t for n, t in initializers.items() if not (overridable and n in inputs)}
     for node in graph.node:
         if is_standard(node, "Identity") and node.input[0] in constants:
             constants[node.output[0]] = constants[node.input[0]]
@@ -100,11 +107,11 @@ def _scopes_within(
                 constants[node.output[0]] = onnx.numpy_helper.from_array(floats)
             elif "value" in value:
                 constants[node.output[0]] = value["value"]
-    makers = {output: node for node in graph.node for output in node.output}
-    yield Scope(graph, constants, makers, uses_of(graph), set())
+    scope = Scope(graph, outer, names, constants, makers, uses_of(graph), set(), set())
+    yield scope
     for node in graph.node:
         for subgraph in subgraphs_of(node):
-            yield from _scopes_within(subgraph, constants, set())
+            yield from _scopes_within(subgraph, scope, overridable)
 
 
 def batch_norms(scopes: list[Scope]) -> Iterator[tuple[str, NodeProto, Scope]]:

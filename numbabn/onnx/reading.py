@@ -22,9 +22,9 @@ def layers(model: ModelProto | str | os.PathLike[str]) -> dict[str, BatchNorm]:
     -------
     dict of str to BatchNorm
         In the model's order, those of subgraphs behind their node, by the name of the node; by
-        that of its output where the node has none, or another one's. In eval mode, of the widest
-        dtype among the four parameters, with eps, and with momentum and correction such that
-        training goes on as ONNX defines it.
+        that of its output where the node has none, or another one's; with a number where that is
+        taken, too. In eval mode, of the widest dtype among the four parameters, with eps, and with
+        momentum and correction such that training goes on as ONNX defines it.
 
     Raises
     ------
