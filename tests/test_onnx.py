@@ -542,6 +542,15 @@ class TestFold:
         )
         within_rounding(model, checked_fold(model).model, x, 4 + 2)
 
+    def test_gemm_whose_shift_is_a_number(self):
+        x = cases.normal((3, 4), np.float32)
+        weights = {"W": cases.normal((4, C), np.float32, seed=7)}
+        shift = helper.make_node("Constant", [], ["b"], value_float=0.5)
+        node = helper.make_node("Gemm", ["X", "W", "b"], ["h"], beta=3.0)
+        norm = norm_node("h", name="norm")
+        model = chain(shift, node, norm, x=x, initializers=weights | named(parameters()))
+        within_rounding(model, checked_fold(model).model, x, 4 + 2)
+
     def test_gemm_of_a_transposed_input(self):
         x = cases.normal((4, 3), np.float32)
         weights = {"W": cases.normal((4, C), np.float32, seed=7)}
@@ -763,17 +772,23 @@ class TestFold:
             reason="the folded weights are not finite in float32",
         )  # fmt: skip
 
-    def test_functions(self):
+    @pytest.mark.parametrize("within", [False, True], ids=["function", "branch of a function"])
+    def test_functions(self, within):
         x, arrays = cases.normal((4, C), np.float32), parameters()
         opsets = [helper.make_opsetid("", 15), helper.make_opsetid("own", 1)]
-        function = helper.make_function("own", "Norm", ["X", *NAMES], ["Y"], [norm_node()], opsets)
-        call = helper.make_node("Norm", ["X", *NAMES], ["Y"], domain="own")
-        model = chain(call, x=x, initializers=named(arrays))
+        node = norm_node()
+        if within:
+            branch = helper.make_graph([norm_node(y="o")], "branch", [], [value("o")])
+            node = helper.make_node("If", ["if"], ["Y"], then_branch=branch, else_branch=branch)
+        inputs = ["X", *NAMES, "if"]
+        function = helper.make_function("own", "Norm", inputs, ["Y"], [node], opsets)
+        call = helper.make_node("Norm", inputs, ["Y"], domain="own")
+        model = chain(call, x=x, initializers=named(arrays) | {"if": np.array(True)})
         model.opset_import.append(opsets[1])
         model.functions.append(function)
         with pytest.raises(ValueError, match=r"no batch norm in functions, .*, got one in 'Norm'"):
             bn.fold(model)
-        assert len(bn.layers(inliner.inline_local_functions(model))) == 1
+        assert len(bn.layers(inliner.inline_local_functions(model))) == 1 + within
 
 
 class TestFiles:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 
 class Scope(NamedTuple):
@@ -36,7 +36,7 @@ def loaded(model: Any) -> ModelProto:
             f"model: expected opset 7 or later, as onnx.version_converter makes it, got {opset}"
         )
     for function in model.functions:
-        if any(is_standard(node, "BatchNormalization") for node in function.node):
+        if any(is_standard(node, "BatchNormalization") for node in nodes_of(function)):
             raise ValueError(
                 "model: expected no batch norm in functions, which onnx.inliner puts in their "
                 f"place, got one in {function.name!r}"
@@ -72,6 +72,14 @@ def subgraphs_of(node: NodeProto) -> list[GraphProto]:
     return single + [g for a in node.attribute for g in a.graphs]
 
 
+def nodes_of(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
+    """Give the nodes of a graph or function, those of the graphs within them, too."""
+    for node in graph.node:
+        yield node
+        for subgraph in subgraphs_of(node):
+            yield from nodes_of(subgraph)
+
+
 def uses_of(graph: GraphProto) -> Counter[str]:
     """Count the uses of names by nodes, in subgraphs too, and as outputs."""
     uses = Counter(output.name for output in graph.output)
@@ -101,12 +109,11 @@ def _scopes_within(graph: GraphProto, outer: Scope | None, overridable: bool) ->
         if is_standard(node, "Identity") and node.input[0] in constants:
             constants[node.output[0]] = constants[node.input[0]]
         elif is_standard(node, "Constant"):
-            value = attributes_of(node)
-            if "value_floats" in value:
-                floats = np.array(value["value_floats"], np.float32)
-                constants[node.output[0]] = onnx.numpy_helper.from_array(floats)
-            elif "value" in value:
-                constants[node.output[0]] = value["value"]
+            for kind, value in attributes_of(node).items():
+                if kind in ("value_float", "value_floats"):
+                    value = onnx.numpy_helper.from_array(np.array(value, np.float32))
+                if isinstance(value, TensorProto):
+                    constants[node.output[0]] = value
     scope = Scope(graph, outer, names, constants, makers, uses_of(graph), set(), set())
     yield scope
     for node in graph.node:
