@@ -826,6 +826,68 @@ class TestFiles:
             run(str(tmp_path / "b.onnx"), {"X": x})[0], run(bn.fold(model).model, {"X": x})[0]
         )
 
+    @pytest.mark.parametrize("replaced", [False, True], ids=["new", "over a model"])
+    @pytest.mark.parametrize("whose", ["source", "another's", "nobody's"])
+    def test_data_of_other_models_stays(self, tmp_path, whose, replaced):
+        """Even where it goes by the name of the target's."""
+        x, model = self.model()
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+        other = source if whose == "source" else tmp_path / "c.onnx"
+        for path in {source, other}:
+            data = "b.onnx.data" if path == other else "a.data"
+            onnx.save(self.model()[1], path, save_as_external_data=True, location=data)
+        if whose == "nobody's":
+            other.unlink()
+        if replaced:
+            onnx.save(self.model()[1], target)
+        there = (tmp_path / "b.onnx.data").read_bytes()
+        for _ in range(2):
+            bn.fold_file(source, target)
+            assert (tmp_path / "b.onnx.data").read_bytes() == there
+            assert len(list(tmp_path.glob("b.onnx.data*"))) == 2
+            np.testing.assert_array_equal(run(str(target), {"X": x})[0], expected)
+
+    @pytest.mark.parametrize("outside", [False, True], ids=["one file", "external data"])
+    def test_through_a_link_and_with_its_mode(self, tmp_path, outside):
+        x, model = self.model()
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        (tmp_path / "real").mkdir()
+        real, link = tmp_path / "real" / "model.onnx", tmp_path / "link.onnx"
+        onnx.save(model, link, save_as_external_data=outside, location="link.onnx.data")
+        link.rename(real)
+        link.symlink_to(real)
+        real.chmod(0o640)
+        assert bn.fold_file(link, link).folded == ["norm"]
+        assert link.is_symlink()
+        assert real.stat().st_mode & 0o777 == 0o640
+        assert {f.name for f in tmp_path.iterdir()} == {"real", "link.onnx"} | (
+            {"link.onnx.data"} if outside else set()
+        )
+        assert not bn.layers(link)
+        np.testing.assert_array_equal(run(str(link), {"X": x})[0], expected)
+
+    def test_constants_outside_stay_outside(self, tmp_path):
+        x, model = self.model()
+        weight = numpy_helper.from_array(cases.normal((16, 16, 3, 3), np.float32), "kept")
+        model.graph.output[0].name = "Z"
+        model.graph.node.append(helper.make_node("Constant", [], ["kept"], value=weight))
+        model.graph.node.append(helper.make_node("Conv", ["Y", "kept"], ["Z"]))
+        source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        onnx.save(
+            model, source, save_as_external_data=True, location="a.data", convert_attribute=True
+        )
+        assert bn.fold_file(source, target).folded == ["norm"]
+        assert target.stat().st_size < 16 * 16 * 9 * 4 <= (tmp_path / "b.onnx.data").stat().st_size
+        np.testing.assert_array_equal(run(str(target), {"X": x})[0], expected)
+
+    def test_paths_are_paths(self, tmp_path):
+        with pytest.raises(TypeError, match="source: expected a path, got ModelProto"):
+            bn.fold_file(self.model()[1], tmp_path / "b.onnx")
+        with pytest.raises(TypeError, match="target: expected a path, got int"):
+            bn.fold_file(tmp_path / "a.onnx", 1)
+
     def test_external_data_that_is_not_loaded(self, tmp_path):
         _, model = self.model()
         onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data")

@@ -80,6 +80,18 @@ def nodes_of(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
             yield from nodes_of(subgraph)
 
 
+def tensors_of(model: ModelProto) -> list[TensorProto]:
+    """List all tensors of a model: initializers, and attributes of nodes."""
+    nodes = [node for part in (model.graph, *model.functions) for node in nodes_of(part)]
+    graphs = [model.graph, *(graph for node in nodes for graph in subgraphs_of(node))]
+    attributes = [attribute for node in nodes for attribute in node.attribute]
+    return [
+        *(tensor for graph in graphs for tensor in graph.initializer),
+        *(attribute.t for attribute in attributes if attribute.HasField("t")),
+        *(tensor for attribute in attributes for tensor in attribute.tensors),
+    ]
+
+
 def uses_of(graph: GraphProto) -> Counter[str]:
     """Count the uses of names by nodes, in subgraphs too, and as outputs."""
     uses = Counter(output.name for output in graph.output)
