@@ -65,7 +65,8 @@ def state_dict_from(library: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     weights : mapping of str to array
         The layer's arrays, of shape (C,), or mappings of such arrays, as Flax has them. What
         counts of a name is its end, behind any slash or dot and in front of any colon, so that
-        "bn1.weight" and "batch_normalization/gamma:0" will do.
+        "bn1.weight" and "batch_normalization/gamma:0" will do; what is in front has to be the
+        same in all.
 
     Returns
     -------
@@ -77,8 +78,8 @@ def state_dict_from(library: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     TypeError, ValueError
-        If the library or a name is unknown, a name comes twice, one running statistic is missing,
-        or an array's dtype or shape is not as above.
+        If the library or a name is unknown, a name comes twice, names are of several layers, one
+        running statistic is missing, or an array's dtype or shape is not as above.
 
     Examples
     --------
@@ -93,13 +94,8 @@ def state_dict_from(library: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     ([1.0, 2.0], [7.0, 8.0])
     """
     convention = _convention(library)
-    ours = {name.rpartition("/")[2]: own for own, name in convention.names.items()}
-    state: dict[str, Any] = {}
-    for path, value in _leaves("weights", weights):
-        name = ours.get(re.split(r"[/.]", path)[-1].partition(":")[0])
-        if name is None or name in state:
-            raise ValueError(f"weights: expected each of {list(ours)} once, got {path!r}")
-        state[name] = np.asarray(value).copy()
+    named = _by_our_names("weights", weights, convention)
+    state = {name: np.asarray(array).copy() for name, array in named.items()}
     if ("running_mean" in state) != ("running_var" in state):
         raise ValueError(f"weights: expected both running statistics or none, got {list(weights)}")
     arrays = {name: array for name, array in state.items() if name != "num_batches_tracked"}
@@ -120,7 +116,7 @@ def state_dict_to(library: str, state: Mapping[str, Any]) -> dict[str, Any]:
     library : {"pytorch", "keras", "tensorflow", "flax", "onnx"}
         Whose names to give.
     state : mapping of str to array
-        As `BatchNorm.state_dict` gives it, or one from PyTorch.
+        As `BatchNorm.state_dict` gives it, or one from PyTorch, "bn1.weight" and all.
 
     Returns
     -------
@@ -131,7 +127,7 @@ def state_dict_to(library: str, state: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     TypeError, ValueError
-        If the library or a name is unknown.
+        If the library or a name is unknown, a name comes twice, or names are of several layers.
 
     Examples
     --------
@@ -141,12 +137,12 @@ def state_dict_to(library: str, state: Mapping[str, Any]) -> dict[str, Any]:
     ['gamma', 'beta', 'moving_mean', 'moving_variance']
     """
     convention = _convention(library)
-    _known("state", state, _PYTORCH)
+    arrays = _by_our_names("state", state, CONVENTIONS["pytorch"])
     weights: dict[str, Any] = {}
     for own, path in convention.names.items():
-        if own in state:
+        if own in arrays:
             group, _, name = path.rpartition("/")
-            (weights.setdefault(group, {}) if group else weights)[name] = state[own]
+            (weights.setdefault(group, {}) if group else weights)[name] = arrays[own]
     return weights
 
 
@@ -228,6 +224,8 @@ def settings_to(library: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convention(library: Any) -> Convention:
+    if not isinstance(library, str):
+        raise TypeError(f"library: expected a string, got {type(library).__qualname__}")
     if library not in CONVENTIONS:
         raise ValueError(f"library: expected one of {list(CONVENTIONS)}, got {library!r}")
     return CONVENTIONS[library]
@@ -238,6 +236,25 @@ def _known(argument: str, given: Any, names: Any) -> None:
         raise TypeError(f"{argument}: expected a mapping, got {type(given).__qualname__}")
     if not given.keys() <= set(names):
         raise ValueError(f"{argument}: expected some of {list(names)}, got {list(given)}")
+
+
+def _by_our_names(argument: str, weights: Any, convention: Convention) -> dict[str, Any]:
+    """Give one layer's arrays, each under our name for it."""
+    theirs = {path.rpartition("/")[2]: (own, path) for own, path in convention.names.items()}
+    arrays: dict[str, Any] = {}
+    layers: dict[tuple[str, ...], str] = {}  # the first name of each
+    for path, value in _leaves(argument, weights):
+        *layer, end = re.split(r"[/.]", path)
+        own, whole = theirs.get(end.partition(":")[0], ("", ""))
+        if not own or own in arrays:
+            raise ValueError(f"{argument}: expected each of {list(theirs)} once, got {path!r}")
+        if layer and whole.startswith(f"{layer[0]}/"):  # Flax has its layers within collections
+            del layer[0]
+        layers.setdefault(tuple(layer), path)
+        if len(layers) > 1:
+            raise ValueError(f"{argument}: expected one layer's names, got {[*layers.values()]}")
+        arrays[own] = value
+    return arrays
 
 
 def _leaves(argument: str, tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

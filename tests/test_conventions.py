@@ -64,6 +64,7 @@ class TestStateDict:
             ("keras", "{}"),
             ("tensorflow", "batch_normalization_1/{}:0"),
             ("flax", "BatchNorm_0/{}"),
+            ("flax", "net.BatchNorm_0.{}"),
             ("pytorch", "layer1.0.bn1.{}"),
             ("onnx", "{}"),
         ],
@@ -77,6 +78,22 @@ class TestStateDict:
         for array, value in zip(state.values(), values, strict=True):
             np.testing.assert_array_equal(array, value)
             assert not np.shares_memory(array, value)
+
+    def test_flax_keeps_layers_within_its_collections(self):
+        variables = state_dict_to("flax", layer_of_odds().state_dict())
+        network = {group: {"BatchNorm_0": arrays} for group, arrays in variables.items()}
+        state = state_dict_from("flax", network)
+        for name, array in state_dict_from("flax", variables).items():
+            np.testing.assert_array_equal(state[name], array)
+
+    @libraries
+    def test_paths_on_the_way_back(self, library):
+        state = layer_of_odds().state_dict()
+        expected = state_dict_to(library, state)
+        there = state_dict_to(library, {f"layer1.bn1.{name}": a for name, a in state.items()})
+        assert repr(there) == repr(expected)
+        with pytest.raises(ValueError, match=r"state: expected one layer's names, got \['bn1.weig"):
+            state_dict_to(library, {"bn1.weight": np.ones(C), "bn2.bias": np.ones(C)})
 
     @pytest.mark.parametrize("library", ["keras", "flax", "onnx"])
     def test_scale_or_shift_alone(self, library):
@@ -108,6 +125,7 @@ class TestStateDict:
     @pytest.mark.parametrize(
         ("library", "weights", "error", "message"),
         [
+            ([], {}, TypeError, "library: expected a string, got list"),
             ("caffe", {}, ValueError, r"library: expected one of \['pytorch', .*, got 'caffe'"),
             ("keras", [], TypeError, "weights: expected a mapping, got list"),
             ("keras", {"weight": np.ones(C)}, ValueError, "weights: expected .*'gamma'.*'weight'"),
@@ -116,6 +134,18 @@ class TestStateDict:
                 {"a/gamma": np.ones(C), "b/gamma": np.ones(C)},
                 ValueError,
                 "weights: expected each of .* once, got 'b/gamma'",
+            ),
+            (
+                "pytorch",
+                {"0.weight": np.ones(C), "0.bias": np.ones(C), "1.running_mean": np.ones(C)},
+                ValueError,
+                r"weights: expected one layer's names, got \['0.weight', '1.running_mean'\]",
+            ),
+            (
+                "flax",
+                {"params": {"a": {"scale": np.ones(C)}}, "batch_stats": {"b": {"var": np.ones(C)}}},
+                ValueError,
+                "weights: expected one layer's names, got .*'params/a/scale', 'batch_stats/b/var'",
             ),
             (
                 "flax",
@@ -138,7 +168,7 @@ class TestStateDict:
             state_dict_from(library, weights)
 
     def test_errors_of_the_way_back(self):
-        with pytest.raises(ValueError, match=r"state: expected some of .*, got .*'gamma'"):
+        with pytest.raises(ValueError, match=r"state: expected each of .* once, got 'gamma'"):
             state_dict_to("flax", {"gamma": np.ones(C)})
         with pytest.raises(TypeError, match="state: expected a mapping, got list"):
             state_dict_to("flax", [])

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from numbabn import reference
+from numbabn import BatchNorm, reference
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -354,9 +354,7 @@ class TestLayers:
         model = chain(*nodes, x=x, initializers={"kept": mean, "var": var})
         (layer,) = bn.layers(model).values()
         state = layer.state_dict()
-        for array, name in zip(
-            (scale, shift, mean, var), bn.BatchNorm(C).state_dict(), strict=False
-        ):
+        for array, name in zip((scale, shift, mean, var), BatchNorm(C).state_dict(), strict=False):
             np.testing.assert_array_equal(state[name], array)
 
     def test_errors(self):
@@ -446,6 +444,34 @@ def within_rounding(model, folded, x, products):
     assert np.all(magnitude < 1e3)  # so that this is a bound
 
 
+def choice(then, otherwise, *, x, initializers):
+    """A model that is one of two graphs."""
+    node = helper.make_node("If", ["if"], ["Y"], then_branch=then, else_branch=otherwise)
+    model = chain(node, x=x, initializers=initializers)
+    model.graph.input.append(value("if", np.bool_, []))
+    return model
+
+
+def either_way_alike(folded, model, x):
+    for chosen in (True, False):
+        feeds = {"X": x, "if": np.array(chosen)}
+        (got,), (expected,) = run(folded, feeds), run(model, feeds)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
+
+
+def loop(*nodes, carried, initializers, outputs=("Y",)):
+    """A model that runs nodes twice; what they call "next" is a value of the second run."""
+    going = helper.make_node("Identity", ["going"], ["on"])
+    inputs = [value("run", np.int64, []), value("going", np.bool_, []), value(carried)]
+    made = [value("on", np.bool_, []), value("next"), *map(value, outputs)]
+    body = helper.make_graph([*nodes, going], "body", inputs, made)
+    node = helper.make_node("Loop", ["count", "true", carried], ["last", "Z"], body=body)
+    initializers = initializers | {"count": np.array(2), "true": np.array(True)}
+    tensors = constants(initializers.values(), initializers)
+    ends = [value("X", shape=[2, 4, 8, 8])], [value("Z", shape=[None] * 5)]
+    return model_of([node], *ends, tensors)
+
+
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 
 
@@ -514,6 +540,15 @@ class TestFold:
         model = chain(
             node, norm_node("h", name="norm"), x=x, initializers=weights | named(parameters(6))
         )
+        within_rounding(model, checked_fold(model).model, x, 4 + 2)
+
+    def test_gemm_whose_shift_is_a_number(self):
+        x = cases.normal((3, 4), np.float32)
+        weights = {"W": cases.normal((4, C), np.float32, seed=7)}
+        shift = helper.make_node("Constant", [], ["b"], value_float=0.5)
+        node = helper.make_node("Gemm", ["X", "W", "b"], ["h"], beta=3.0)
+        norm = norm_node("h", name="norm")
+        model = chain(shift, node, norm, x=x, initializers=weights | named(parameters()))
         within_rounding(model, checked_fold(model).model, x, 4 + 2)
 
     def test_gemm_of_a_transposed_input(self):
@@ -629,20 +664,74 @@ class TestFold:
         for node in (norm_node("h", "o", name="norm"), helper.make_node("Relu", ["h"], ["o"])):
             conv = helper.make_node("Conv", ["X", "W"], ["h"])
             branches.append(helper.make_graph([conv, node], "branch", [], [value("o")]))
-        choice = helper.make_node(
-            "If", ["if"], ["Y"], then_branch=branches[0], else_branch=branches[1]
-        )
-        model = chain(choice, x=x, initializers=weights)
-        model.graph.input.append(value("if", np.bool_, []))
+        model = choice(*branches, x=x, initializers=weights)
         assert list(bn.layers(model)) == ["norm"]
         result = bn.fold(model)
         assert (result.folded, result.kept) == (["norm"], {})
         onnx.checker.check_model(result.model)
         assert {t.name for t in result.model.graph.initializer} == {"W", "o.weight", "o.bias"}
-        for chosen in (True, False):
-            feeds = {"X": x, "if": np.array(chosen)}
-            (got,), (expected,) = run(result.model, feeds), run(model, feeds)
-            np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
+        either_way_alike(result.model, model, x)
+
+    @pytest.mark.parametrize("kinds", [("Conv", "Conv"), ("Conv", "Relu"), ("Relu", "Conv")])
+    @pytest.mark.parametrize("own", [True, False], ids=["own weights", "weights around"])
+    def test_branches_whose_names_are_the_same(self, kinds, own):
+        x = cases.normal((2, 4, 8, 8), np.float32)
+        weights = {"W": cases.normal((4, 4, 3, 3), np.float32, seed=7)}
+        branches, arrays = [], []
+        for i, kind in enumerate(kinds):
+            arrays.append(parameters(4, seed=10 * i * own))
+            before = helper.make_node(kind, ["X", "W"] if kind == "Conv" else ["X"], ["h"])
+            made = [before, norm_node("h", "o")], "branch", [], [value("o")]
+            branches.append(helper.make_graph(*made, constants(arrays[i], NAMES) if own else []))
+        outside = weights if own else weights | named(arrays[0])
+        model = choice(*branches, x=x, initializers=outside)
+        onnx.checker.check_model(model, full_check=True)
+        found = bn.layers(model)
+        assert list(found) == ["o", "o1"]
+        assert {a.weight.tobytes() for a in found.values()} == {a[0].tobytes() for a in arrays}
+        result = bn.fold(model)
+        assert len(result.folded) == kinds.count("Conv")
+        assert sorted([*result.folded, *result.kept]) == ["o", "o1"]
+        onnx.checker.check_model(result.model, full_check=True)
+        either_way_alike(result.model, model, x)
+
+    @pytest.mark.parametrize("name", ["W", "mean"])
+    def test_a_value_of_a_loop_hides_a_constant_of_its_name(self, name):
+        weights = {"W": cases.normal((C, 4, 3, 3), np.float32, seed=7)} | named(parameters())
+        conv = helper.make_node("Conv", ["X", "W"], ["h"])
+        twice = helper.make_node("Add", [name, name], ["next"])
+        model = loop(conv, norm_node("h", name="norm"), twice, carried=name, initializers=weights)
+        onnx.checker.check_model(model)
+        result = bn.fold(model)
+        assert result.model == model
+        assert result.kept["norm"].endswith("not constant")
+        if name == "mean":
+            with pytest.raises(ValueError, match=r"expected input_mean of 'norm'.*, got 'mean'"):
+                bn.layers(model)
+
+    def test_what_goes_by_a_name_that_is_gone_or_moves(self):
+        """A value of a loop as a mean that was folded; what a branch made as the norm's output."""
+        x = cases.normal((2, 4, 8, 8), np.float32)
+        weights = {"W": cases.normal((C, 4, 3, 3), np.float32, seed=7)} | named(parameters())
+        inner = helper.make_node("Abs", ["X"], ["Y"])
+        branch = helper.make_graph([inner], "branch", [], [value("Y")])
+        body = [helper.make_node("Identity", ["W"], ["next"])]
+        body.append(helper.make_node("Add", ["Y", "Y"], ["o"]))
+        model = loop(*body, carried="mean", initializers=weights, outputs=["o"])
+        before = [
+            helper.make_node("Conv", ["X", "W"], ["h"]),
+            helper.make_node("If", ["true"], ["b"], then_branch=branch, else_branch=branch),
+            norm_node("h", name="norm"),
+        ]
+        after = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*before, *after])
+        onnx.checker.check_model(model)
+        result = bn.fold(model)
+        assert result.folded == ["norm"]
+        onnx.checker.check_model(result.model)
+        (got,), (expected,) = run(result.model, {"X": x}), run(model, {"X": x})
+        np.testing.assert_allclose(got, expected, rtol=0, atol=64 * U * abs(expected).max())
 
     def kept(self, *nodes, reason, outputs=("Y",), extra=(), opset=15, change=None):
         """Fold a model of which nothing can be folded."""
@@ -683,17 +772,23 @@ class TestFold:
             reason="the folded weights are not finite in float32",
         )  # fmt: skip
 
-    def test_functions(self):
+    @pytest.mark.parametrize("within", [False, True], ids=["function", "branch of a function"])
+    def test_functions(self, within):
         x, arrays = cases.normal((4, C), np.float32), parameters()
         opsets = [helper.make_opsetid("", 15), helper.make_opsetid("own", 1)]
-        function = helper.make_function("own", "Norm", ["X", *NAMES], ["Y"], [norm_node()], opsets)
-        call = helper.make_node("Norm", ["X", *NAMES], ["Y"], domain="own")
-        model = chain(call, x=x, initializers=named(arrays))
+        node = norm_node()
+        if within:
+            branch = helper.make_graph([norm_node(y="o")], "branch", [], [value("o")])
+            node = helper.make_node("If", ["if"], ["Y"], then_branch=branch, else_branch=branch)
+        inputs = ["X", *NAMES, "if"]
+        function = helper.make_function("own", "Norm", inputs, ["Y"], [node], opsets)
+        call = helper.make_node("Norm", inputs, ["Y"], domain="own")
+        model = chain(call, x=x, initializers=named(arrays) | {"if": np.array(True)})
         model.opset_import.append(opsets[1])
         model.functions.append(function)
         with pytest.raises(ValueError, match=r"no batch norm in functions, .*, got one in 'Norm'"):
             bn.fold(model)
-        assert len(bn.layers(inliner.inline_local_functions(model))) == 1
+        assert len(bn.layers(inliner.inline_local_functions(model))) == 1 + within
 
 
 class TestFiles:
@@ -723,13 +818,75 @@ class TestFiles:
     def test_models_too_large_for_one_file(self, tmp_path, monkeypatch):
         """As if 1 KB were too large for one."""
         x, model = self.model()
-        monkeypatch.setattr(bn, "_ONE_FILE", 1000)
+        monkeypatch.setattr("numbabn.onnx.files._ONE_FILE", 1000)
         onnx.save(model, tmp_path / "a.onnx")
         bn.fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx")
         assert (tmp_path / "b.onnx.data").stat().st_size >= 16 * 4 * 9 * 4
         np.testing.assert_array_equal(
             run(str(tmp_path / "b.onnx"), {"X": x})[0], run(bn.fold(model).model, {"X": x})[0]
         )
+
+    @pytest.mark.parametrize("replaced", [False, True], ids=["new", "over a model"])
+    @pytest.mark.parametrize("whose", ["source", "another's", "nobody's"])
+    def test_data_of_other_models_stays(self, tmp_path, whose, replaced):
+        """Even where it goes by the name of the target's."""
+        x, model = self.model()
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+        other = source if whose == "source" else tmp_path / "c.onnx"
+        for path in {source, other}:
+            data = "b.onnx.data" if path == other else "a.data"
+            onnx.save(self.model()[1], path, save_as_external_data=True, location=data)
+        if whose == "nobody's":
+            other.unlink()
+        if replaced:
+            onnx.save(self.model()[1], target)
+        there = (tmp_path / "b.onnx.data").read_bytes()
+        for _ in range(2):
+            bn.fold_file(source, target)
+            assert (tmp_path / "b.onnx.data").read_bytes() == there
+            assert len(list(tmp_path.glob("b.onnx.data*"))) == 2
+            np.testing.assert_array_equal(run(str(target), {"X": x})[0], expected)
+
+    @pytest.mark.parametrize("outside", [False, True], ids=["one file", "external data"])
+    def test_through_a_link_and_with_its_mode(self, tmp_path, outside):
+        x, model = self.model()
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        (tmp_path / "real").mkdir()
+        real, link = tmp_path / "real" / "model.onnx", tmp_path / "link.onnx"
+        onnx.save(model, link, save_as_external_data=outside, location="link.onnx.data")
+        link.rename(real)
+        link.symlink_to(real)
+        real.chmod(0o640)
+        assert bn.fold_file(link, link).folded == ["norm"]
+        assert link.is_symlink()
+        assert real.stat().st_mode & 0o777 == 0o640
+        assert {f.name for f in tmp_path.iterdir()} == {"real", "link.onnx"} | (
+            {"link.onnx.data"} if outside else set()
+        )
+        assert not bn.layers(link)
+        np.testing.assert_array_equal(run(str(link), {"X": x})[0], expected)
+
+    def test_constants_outside_stay_outside(self, tmp_path):
+        x, model = self.model()
+        weight = numpy_helper.from_array(cases.normal((16, 16, 3, 3), np.float32), "kept")
+        model.graph.output[0].name = "Z"
+        model.graph.node.append(helper.make_node("Constant", [], ["kept"], value=weight))
+        model.graph.node.append(helper.make_node("Conv", ["Y", "kept"], ["Z"]))
+        source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+        (expected,) = run(bn.fold(model).model, {"X": x})
+        onnx.save(
+            model, source, save_as_external_data=True, location="a.data", convert_attribute=True
+        )
+        assert bn.fold_file(source, target).folded == ["norm"]
+        assert target.stat().st_size < 16 * 16 * 9 * 4 <= (tmp_path / "b.onnx.data").stat().st_size
+        np.testing.assert_array_equal(run(str(target), {"X": x})[0], expected)
+
+    def test_paths_are_paths(self, tmp_path):
+        with pytest.raises(TypeError, match="source: expected a path, got ModelProto"):
+            bn.fold_file(self.model()[1], tmp_path / "b.onnx")
+        with pytest.raises(TypeError, match="target: expected a path, got int"):
+            bn.fold_file(tmp_path / "a.onnx", 1)
 
     def test_external_data_that_is_not_loaded(self, tmp_path):
         _, model = self.model()
