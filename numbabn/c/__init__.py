@@ -17,11 +17,7 @@ import numpy as np
 
 from .. import cpu
 from ..cpu import schedule
-<<<<<<< HEAD
-from ..threads import at_once, bounds
-=======
-from ..threads import threads_for_c
->>>>>>> fix-d
+from ..threads import bounds, threads_for_c
 from . import entries
 from .structs import (
     ABI,
@@ -150,12 +146,8 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
                     addresses[k] = cpu.address(variant)
             setattr(found, name, FUNCTIONS[name](getattr(entries, name).address))
         if parallel:
-<<<<<<< HEAD
             kernels.told_threads, kernels.set_threads = bounds()
-            kernels.threads = found.threads = at_once()
-=======
             kernels.threads = found.threads = threads_for_c()
->>>>>>> fix-d
     return found
 
 
