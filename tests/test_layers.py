@@ -378,7 +378,7 @@ class TestErrors:
                 "x: expected float16, bfloat16, float32 or float64, got int64",
             ),
             (np.ones(C), ValueError, "x: expected 2 or more dimensions"),
-            ([[1.0] * C] * 8, TypeError, "x: expected a NumPy array or a CUDA array, got list"),
+            ([[1.0] * C] * 8, TypeError, "x: expected an array on the CPU or a CUDA device"),
         ],
     )
     def test_a_failing_forward_leaves_the_layer(self, x, error, message, training):

@@ -141,11 +141,11 @@ def test_far_from_zero(offset):
     [
         (None, TypeError, "batches: expected an iterable, got NoneType"),
         (7.0, TypeError, "batches: expected an iterable, got float"),
-        ([[[1.0, 2.0]]], TypeError, "x: expected a NumPy array or a CUDA array, got list"),
+        ([[[1.0, 2.0]]], TypeError, "x: expected an array on the CPU or a CUDA device, got list"),
         (
             np.ma.ones((4, 3)),
             TypeError,
-            "x: expected a NumPy array or a CUDA array, got MaskedArray",
+            "x: expected an array on the CPU or a CUDA device, got MaskedArray",
         ),
         (
             [np.ones((4, 3), int)],
@@ -253,7 +253,7 @@ class TestDask:
 
     def test_chunks_of_another_kind(self, dask_array):
         plan = dask_array.from_array(np.ones((4, 3)), chunks=2).map_blocks(np.ma.masked_array)
-        with pytest.raises(TypeError, match=r"x: expected a NumPy array .*, got MaskedArray"):
+        with pytest.raises(TypeError, match=r"x: expected an array .*, got MaskedArray"):
             numbabn.population_stats(plan)
 
     def test_chunks_of_one_value(self, dask_array):
