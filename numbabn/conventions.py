@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .backends import to_numpy
 
 
 class Convention(NamedTuple):
@@ -99,7 +100,7 @@ def state_dict_from(library: str, weights: Mapping[str, Any]) -> dict[str, Any]:
         name = ours.get(re.split(r"[/.]", path)[-1].partition(":")[0])
         if name is None or name in state:
             raise ValueError(f"weights: expected each of {list(ours)} once, got {path!r}")
-        state[name] = np.asarray(value).copy()
+        state[name] = to_numpy(value, path)
     if ("running_mean" in state) != ("running_var" in state):
         raise ValueError(f"weights: expected both running statistics or none, got {list(weights)}")
     arrays = {name: array for name, array in state.items() if name != "num_batches_tracked"}

@@ -531,6 +531,19 @@ class TestLayer:
         layer = numbabn.BatchNorm(3)
         layer.weight = torch.torch.full((3,), 2.0)
         np.testing.assert_array_equal(layer.state_dict()["weight"], [2, 2, 2])
+        for x in (np.ones((4, 3), np.float32), torch.torch.ones(4, 3)):
+            with pytest.raises(TypeError, match=r"^weight: expected a NumPy array, got Tensor"):
+                layer(x)
+
+    def test_loads_arrays_of_every_library(self, on):
+        given = operands()
+        names = ("weight", "bias", "running_mean", "running_var")
+        layer = numbabn.BatchNorm(4, dtype=np.float64)
+        for dtype, _ in each_dtype(on):
+            state = {name: given[name].astype(dtype) for name in names}
+            layer.load_state_dict(on.put_all(state))
+            for name, array in state.items():
+                np.testing.assert_array_equal(getattr(layer, name), array.astype(np.float64))
 
 
 class Measured(np.ndarray):
