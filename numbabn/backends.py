@@ -1,6 +1,7 @@
 """From an array's kind to the module that computes on it."""
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from . import cpu, host
-from .libraries import CPU, CUDA_EXTRA, DeviceArray, host_of, kind_of, library_of
+from .libraries import CPU, CUDA_EXTRA, DeviceArray, host_of, is_refused, kind_of, library_of
+
+_EXPECTED = f"an array on {CPU} or a CUDA device"
 
 
 @cache
@@ -41,7 +44,7 @@ def backend_of(name: str, array: Any) -> Any:
         return cuda_backend()
     if library_of(array) == "numpy":
         return cpu
-    raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got {kind_of(array)}")
+    raise TypeError(f"{name}: expected {_EXPECTED}, got {kind_of(array)}")
 
 
 def _is_on_device(name: str, array: Any, stream: Any) -> bool:
@@ -56,7 +59,7 @@ def _is_on_device(name: str, array: Any, stream: Any) -> bool:
     where = CPU if library in (None, "numpy") else host_of(array)
     if where not in (None, CPU):
         kind = type(array).__qualname__
-        raise TypeError(f"{name}: expected a NumPy array or a CUDA array, got a {kind} on {where}")
+        raise TypeError(f"{name}: expected {_EXPECTED}, got a {kind} on {where}")
     if library is not None and where == CPU and stream is not None:
         expected = "None for NumPy arrays" if library == "numpy" else f"None for arrays on {CPU}"
         raise TypeError(f"stream: expected {expected}, got {type(stream).__qualname__}")
@@ -84,15 +87,27 @@ def borrow(stream: Any, **arrays: Any) -> Iterable[Any]:
     return host.borrow(tuple(arrays), tuple(arrays.values()))
 
 
-def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def tell_autograd(*written: Any) -> None:
+    """Count a write in each PyTorch tensor, as PyTorch's own do, for it to find what went stale."""
+    for array in written:
+        # Inference tensors have no count.
+        if library_of(array) == "torch" and not array.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(array)
+
+
+def on_arrays(
+    *names: str, written: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let a function of arrays as `borrow` sees them, and settings, take arrays of any library.
 
     It is given a stream, the arrays of these names, and the settings, all by position, and gives a
-    tuple: arrays as the caller's own kind, and what is none.
+    tuple: arrays as the caller's own kind, and what is none. Those named in ``written`` are written
+    where they are given, unless x is empty.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         first, ndarray = names[0], np.ndarray
+        targets = [names.index(name) for name in written]
 
         @wraps(function)
         def run(stream: Any, *arguments: Any) -> Any:
@@ -100,22 +115,32 @@ def on_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             if type(x) is ndarray and stream is None:
                 return function(*arguments)
             if _is_on_device(first, x, stream):
-                return cuda_backend().run(function, names, stream, arguments)
-            if library_of(x) is None:
+                results = cuda_backend().run(function, names, stream, arguments)
+            elif library_of(x) is None:
                 return function(*arguments)  # which says what was expected
-            return host.run(function, names, arguments)
+            else:
+                results = host.run(function, names, arguments)
+            if library_of(x) == "torch" and x.numel():
+                tell_autograd(*[arguments[target] for target in targets])
+            return results
 
         return run
 
     return decorate
 
 
-def to_numpy(array: Any) -> Any:
-    """Copy an array of any library to a NumPy array, waiting for it."""
-    (seen,) = borrow(None, array=array)
-    if isinstance(seen, np.ndarray):
-        return seen.copy()
-    return backend_of("array", seen).download(seen)
+def to_numpy(array: Any, name: str = "array") -> Any:
+    """Copy an array of any library, or what NumPy makes one of, to an array of NumPy's.
+
+    Raises
+    ------
+    TypeError
+        If the functions would not take the array for a reason of its own.
+    """
+    if is_refused(array):
+        raise TypeError(f"{name}: expected {_EXPECTED}, got {kind_of(array)}")
+    (seen,) = borrow(None, **{name: array})
+    return backend_of(name, seen).download(seen) if type(seen) is DeviceArray else np.array(seen)
 
 
 def duplicate(array: Any) -> Any:

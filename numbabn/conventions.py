@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .backends import to_numpy
 
 
 class Convention(NamedTuple):
@@ -95,7 +96,7 @@ def state_dict_from(library: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     """
     convention = _convention(library)
     named = _by_our_names("weights", weights, convention)
-    state = {name: np.asarray(array).copy() for name, array in named.items()}
+    state = {name: to_numpy(array, path) for name, (path, array) in named.items()}
     if ("running_mean" in state) != ("running_var" in state):
         raise ValueError(f"weights: expected both running statistics or none, got {list(weights)}")
     arrays = {name: array for name, array in state.items() if name != "num_batches_tracked"}
@@ -142,7 +143,7 @@ def state_dict_to(library: str, state: Mapping[str, Any]) -> dict[str, Any]:
     for own, path in convention.names.items():
         if own in arrays:
             group, _, name = path.rpartition("/")
-            (weights.setdefault(group, {}) if group else weights)[name] = arrays[own]
+            (weights.setdefault(group, {}) if group else weights)[name] = arrays[own][1]
     return weights
 
 
@@ -238,10 +239,12 @@ def _known(argument: str, given: Any, names: Any) -> None:
         raise ValueError(f"{argument}: expected some of {list(names)}, got {list(given)}")
 
 
-def _by_our_names(argument: str, weights: Any, convention: Convention) -> dict[str, Any]:
-    """Give one layer's arrays, each under our name for it."""
+def _by_our_names(
+    argument: str, weights: Any, convention: Convention
+) -> dict[str, tuple[str, Any]]:
+    """Give one layer's arrays, each with its path, under our name for it."""
     theirs = {path.rpartition("/")[2]: (own, path) for own, path in convention.names.items()}
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, tuple[str, Any]] = {}
     layers: dict[tuple[str, ...], str] = {}  # the first name of each
     for path, value in _leaves(argument, weights):
         *layer, end = re.split(r"[/.]", path)
@@ -253,7 +256,7 @@ def _by_our_names(argument: str, weights: Any, convention: Convention) -> dict[s
         layers.setdefault(tuple(layer), path)
         if len(layers) > 1:
             raise ValueError(f"{argument}: expected one layer's names, got {[*layers.values()]}")
-        arrays[own] = value
+        arrays[own] = path, value
     return arrays
 
 

@@ -63,7 +63,10 @@ def fold(
             checks.per_channel(name, array, C)
     eps = checks.epsilon(eps)
     # Subclasses such as np.matrix multiply in a way of their own.
-    conv_weight = np.asarray(conv_weight)
+    conv_weight, conv_bias, running_mean, running_var, weight, bias = (
+        array if array is None else np.asarray(array)
+        for array in (conv_weight, conv_bias, running_mean, running_var, weight, bias)
+    )
 
     with np.errstate(all="ignore"):
         scale = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)

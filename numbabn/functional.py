@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
-from .backends import backend_of, borrow, on_arrays
+from .backends import backend_of, borrow, on_arrays, tell_autograd
 from .layout import arrange
-from .libraries import DeviceArray, namespace
+from .libraries import DeviceArray, is_on_device, namespace
 from .stats import BatchStats, PerChannel
 
 
@@ -114,7 +114,10 @@ def _check_forward(
     return _Sweep(backend, axis, count, momentum, eps, correction, relu)
 
 
-@on_arrays("x", "weight", "bias", "running_mean", "running_var", "residual", "out")
+@on_arrays(
+    "x", "weight", "bias", "running_mean", "running_var", "residual", "out",
+    written=("running_mean", "running_var", "out"),
+)  # fmt: skip
 def _forward(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, residual: Any, out: Any,
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any, to_go_back: bool,
@@ -324,7 +327,9 @@ def batch_norm_inference(
     )[0]  # fmt: skip
 
 
-@on_arrays("x", "running_mean", "running_var", "weight", "bias", "residual", "out")
+@on_arrays(
+    "x", "running_mean", "running_var", "weight", "bias", "residual", "out", written=("out",)
+)
 def _inference(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, residual: Any, out: Any,
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any,
@@ -441,7 +446,7 @@ def batch_norm_backward(
     )
 
 
-@on_arrays("x", "dy", "weight", "mean", "invstd", "mask", "out")
+@on_arrays("x", "dy", "weight", "mean", "invstd", "mask", "out", written=("out",))
 def _backward(
     x: Any, dy: Any, weight: Any, mean: Any, invstd: Any, mask: Any, out: Any,
     axis: Any, training: Any, with_residual: Any,
@@ -522,6 +527,8 @@ def batch_stats(x: Any, *, axis: int = 1, stream: Any = None) -> BatchStats:
     >>> stats.count, stats.mean, stats.var
     (2, array([ 2., 20.]), array([  1., 100.]))
     """
+    if type(x) is not np.ndarray and not is_on_device(x):
+        (x,) = borrow(stream, x=x)  # since statistics of all arrays on the host are NumPy's
     return BatchStats(*_statistics(stream, x, axis))
 
 
@@ -589,9 +596,11 @@ def update_running_stats(
         return
     if type(mean) is DeviceArray:
         borrow(None, running_mean=running_mean, stats=stats.mean)  # which says if it is elsewhere
+        mean, var = running_mean, running_var
     else:
         checks.numpy_array("stats", stats.mean)
-        running_mean, running_var = mean, var
     with np.errstate(all="ignore"):
-        _average(running_mean, stats.mean, momentum)
-        _average(running_var, stats.m2 / (stats.count - correction), momentum)
+        _average(mean, stats.mean, momentum)
+        _average(var, stats.m2 / (stats.count - correction), momentum)
+    if mean is not running_mean:
+        tell_autograd(running_mean, running_var)

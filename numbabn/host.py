@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .libraries import ANY, CPU, host_of, kind_of, library_of
+from .libraries import ANY, CPU, float64_in_jax, host_of, kind_of, library_of
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -62,7 +62,7 @@ def _view_jax(array: Any) -> Any:
 def _give_jax(array: Any, x: Any) -> Any:
     # Not by DLPack, which has no bfloat16 in NumPy.
     jax = sys.modules["jax"]
-    with jax.enable_x64(True):  # else float64 becomes float32
+    with float64_in_jax():
         return jax.device_put(array, x.device, may_alias=True)
 
 
@@ -138,9 +138,10 @@ def run(
     seen = borrow(names, arrays)
     # What was given to be written comes back itself.
     own = {id(view): array for view, array in zip(seen, arrays, strict=True)}
-    return [
-        own[id(each)] if id(each) in own
-        else give(arrays[0], each) if isinstance(each, np.ndarray)
-        else each
-        for each in function(*seen, *settings)
-    ]  # fmt: skip
+    results = []
+    for each in function(*seen, *settings):  # torch.compile fails at such a comprehension
+        if id(each) in own:
+            results.append(own[id(each)])
+        else:
+            results.append(give(arrays[0], each) if isinstance(each, np.ndarray) else each)
+    return results

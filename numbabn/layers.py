@@ -8,7 +8,7 @@ import numpy as np
 from . import checks, host
 from .backends import backend_of, borrow, duplicate, to_numpy
 from .functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
-from .libraries import DeviceArray, namespace
+from .libraries import DeviceArray, is_on_device, namespace
 
 
 class _Pass(NamedTuple):
@@ -72,6 +72,8 @@ class BatchNorm:
     on a device a layer cannot track running statistics with them; Numba's have no arithmetic, so
     that with them there is no `backward` in eval mode.
 
+    A copy, pickled or not, has all of that, but not the last batch, which `backward` is of.
+
     Examples
     --------
     >>> import numpy as np, numbabn
@@ -132,6 +134,10 @@ class BatchNorm:
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
             f"axis={self.axis}, dtype={self.dtype}, correction={self.correction})"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the last batch."""
+        return vars(self) | {"_pass": None}
 
     def __call__(self, x: Any) -> Any:
         """Call `forward`."""
@@ -251,11 +257,10 @@ class BatchNorm:
         """Give parameters and running statistics where x is, or copies there; keep them as is."""
         state = self._state()
         for name, array in state.items():
-            moved = not isinstance(array, np.ndarray)
-            if type(x) is DeviceArray and not moved:
+            if type(x) is DeviceArray and isinstance(array, np.ndarray):
                 backend = backend_of("x", x)
                 (state[name],) = backend.give(backend.upload(array, x))
-            elif type(x) is not DeviceArray and moved:
+            elif type(x) is not DeviceArray and is_on_device(array):
                 kind = type(array).__qualname__
                 raise TypeError(
                     f"x: expected a CUDA array, since the layer's {name} is a {kind}, got one "
@@ -288,7 +293,7 @@ class BatchNorm:
         >>> np.savez("layer.npz", **numbabn.BatchNorm(2).state_dict())  # doctest: +SKIP
         >>> numbabn.BatchNorm(2).load_state_dict(np.load("layer.npz"))  # doctest: +SKIP
         """
-        state = {name: to_numpy(array) for name, array in self._state().items()}
+        state = {name: to_numpy(array, name) for name, array in self._state().items()}
         if self.track_running_stats:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
@@ -299,8 +304,9 @@ class BatchNorm:
         Parameters
         ----------
         state : mapping of str to array
-            Arrays, or PyTorch tensors on the CPU, of shape (C,); their values are cast to the
-            layer's dtype. "num_batches_tracked" may be missing, as from old PyTorch versions.
+            Arrays of any library, of shape (C,), or what NumPy makes arrays of; their values are
+            cast to the layer's dtype. "num_batches_tracked" may be missing, as from old PyTorch
+            versions.
 
         Raises
         ------
@@ -315,17 +321,16 @@ class BatchNorm:
         names = set(state.keys())
         if not own.keys() <= names <= own.keys() | tracked:
             raise ValueError(f"state: expected {sorted(own.keys() | tracked)}, got {sorted(names)}")
-        arrays = {name: np.asarray(state[name]) for name in own}
+        arrays = {name: to_numpy(state[name], name) for name in own}
         for name, array in arrays.items():
             checks.per_channel(name, array, self.num_features)
         places = {name: next(iter(borrow(None, **{name: array}))) for name, array in own.items()}
         for name, place in places.items():
             checks.writable(name, place, {})
         with np.errstate(all="ignore"):
-            # Copies, because they may be this layer's own arrays under other names.
             arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}
         if "num_batches_tracked" in names:
-            seen = np.asarray(state["num_batches_tracked"])
+            seen = to_numpy(state["num_batches_tracked"], "num_batches_tracked")
             checks.count("num_batches_tracked", seen)
             self.num_batches_tracked = int(seen)
         for name, place in places.items():

@@ -23,6 +23,7 @@ _REFUSED = {
     ("numpy", "MaskedArray"): "whose mask would be ignored; its data and filled(value) have none",
     ("dask", "Array"): "which is not computed yet; its map_blocks takes numbabn's functions",
     ("xarray", "DataArray"): "whose array xarray.apply_ufunc gives to numbabn's functions",
+    ("jax", "Tracer"): "which is not computed yet; numbabn.jax has functions for traced arrays",
 }
 # Where a library has sqrt, isfinite, where, full_like, zeros_like and ones_like.
 _NAMESPACES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jaxlib": "jax.numpy"}
@@ -72,6 +73,12 @@ def kind_of(value: Any) -> str:
     return kind.__qualname__ if reason is None else f"{kind.__qualname__}, {reason}"
 
 
+def is_refused(value: Any) -> bool:
+    """Whether a value is an array that is refused for more than its library."""
+    kind: type = type(value)
+    return _reason(kind) is not None
+
+
 def is_dask(array: Any) -> bool:
     """Whether an array is Dask's: a plan to make one in blocks."""
     return ("dask", "Array") in _classes(type(array))
@@ -84,10 +91,25 @@ def host_of(array: Any) -> str | None:
     if library == "torch":
         where = "cuda" if array.is_cuda else array.device.type
     elif library == "jaxlib":
-        where = array.platform().replace("gpu", "cuda")
+        # A deleted one crashes where it is asked, and whoever views it says that it is deleted.
+        where = "cpu" if array.is_deleted() else array.platform().replace("gpu", "cuda")
     elif library == ANY and hasattr(array, "__dlpack_device__"):
         where = "cpu" if array.__dlpack_device__()[0] == 1 else "cuda"
     return {"cuda": None, "cpu": CPU}.get(where, f"the {where.upper()}")
+
+
+def is_on_device(array: Any) -> bool:
+    """Whether an array lies on a CUDA device."""
+    return library_of(array) not in (None, "numpy") and host_of(array) is None
+
+
+def float64_in_jax() -> Any:
+    """Let JAX keep float64, of which it makes float32 by default, within a context.
+
+    JAX 0.8 has moved the function.
+    """
+    jax = sys.modules["jax"]
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
 
 
 def namespace(name: str, array: Any) -> Any:

@@ -62,6 +62,12 @@ def population_stats(
     else:
         if library_of(batches) is not None:
             batches = [batches]
+        elif hasattr(batches, "shape") and hasattr(batches, "dtype"):
+            # Such as one of h5py's; to iterate over it would take each row for a batch.
+            raise TypeError(
+                "batches: expected an array, or an iterable of arrays such as slices of it, "
+                f"got {kind_of(batches)}"
+            )
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches: expected an iterable, got {kind_of(batches)}")
         # A generator's variable would keep each batch until the next is there; map lets go of it.
@@ -73,12 +79,21 @@ def _of_chunks(array: Any, axis: Any) -> Iterator[BatchStats]:
     """Statistics of each batch of a Dask array, one chunk in memory at a time."""
     checks.data("batches", array)
     axis = checks.channel_axis(axis, array)
-    chunks = array.to_delayed()
+    chunks = array.to_delayed()  # of one graph, which compute would look through for each of them
+    graph = dict(chunks.flat[0].dask)
     for batch in np.moveaxis(chunks, axis, -1).reshape(-1, chunks.shape[axis]):
         # Each has some of the channels, of as many values.
-        parts = [batch_stats(chunk.compute(), axis=axis) for chunk in batch]
+        parts = [batch_stats(_alone(chunk, graph).compute(), axis=axis) for chunk in batch]
         mean = np.concatenate([part.mean for part in parts])
         yield BatchStats(parts[0].count, mean, np.concatenate([part.m2 for part in parts]))
+
+
+def _alone(chunk: Any, graph: Any) -> Any:
+    """Give a chunk with what it needs of a graph."""
+    from dask.optimization import cull
+
+    needed, _ = cull(graph, chunk.key)  # type: ignore[no-untyped-call]
+    return type(chunk)(chunk.key, needed)
 
 
 def _paper(each: Iterable[BatchStats]) -> BatchStats:

@@ -1,8 +1,10 @@
 """Batch normalization's statistics as a scikit-learn transformer."""
 
+from copy import copy
 from typing import Any
 
 import numpy as np
+from sklearn import config_context
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
@@ -163,32 +165,43 @@ class BatchNormScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.momentum is not None:
             checks.real("momentum", self.momentum)
         correction = checks.real("correction", self.correction)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, reset=first)
-        view = self._view(X)
-        batch = batch_stats(view, axis=self.axis)
-        checks.denominator(batch.count, correction)
+        fitted = copy(self)  # so that an error leaves this one as it was
+        X = _validated(fitted, X, reset=first)
+        batch = batch_stats(self._view(X, None if first else len(self.mean_)), axis=self.axis)
         stats = batch if first else self._stats + batch
+        rows = stats.count * len(stats.mean) // X.shape[1]
+        count = stats.count if self.momentum is None else batch.count
+        if count - correction <= 0:
+            raise ValueError(
+                f"correction: expected less than the {count} values per channel, "
+                f"got {correction} with n_samples = {rows}"
+            )
         if self.momentum is None or first:
             mean, var = stats.mean, stats.m2 / (stats.count - correction)
         else:
             mean, var = self.mean_.copy(), self.var_.copy()
             update_running_stats(mean, var, batch, self.momentum, correction=correction)
         scale = np.sqrt(var + eps)
-        self._stats = stats
-        self.mean_ = mean
-        self.var_ = var
-        self.scale_ = np.where(scale == 0, 1.0, scale)
-        self.n_samples_seen_ = stats.count * len(mean) // X.shape[1]
+        fitted._stats = stats
+        fitted.mean_ = mean
+        fitted.var_ = var
+        fitted.scale_ = np.where(scale == 0, 1.0, scale)
+        fitted.n_samples_seen_ = rows
+        self.__dict__ = fitted.__dict__
         return self
 
-    def _view(self, X: Any) -> Any:
-        """View X with an axis of channels, which is `axis`."""
+    def _view(self, X: Any, channels: int | None) -> Any:
+        """View X with an axis of channels, which is `axis`; of so many, if there are statistics."""
         if self.axis not in (1, -1):
             raise ValueError(f"axis: expected 1 or -1, got {self.axis!r}")
+        rows, columns = X.shape
+        if channels is not None and channels != (self.channels or columns):
+            raise ValueError(
+                f"channels: expected {channels}, of which there are statistics, got {self.channels}"
+            )
         if self.channels is None:
             return X
         checks.positive_integer("channels", self.channels)
-        rows, columns = X.shape
         if columns % self.channels:
             raise ValueError(
                 f"channels: expected a divisor of the {columns} columns of X, got {self.channels}"
@@ -201,15 +214,23 @@ class BatchNormScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _fitted(self, X: Any) -> tuple[Any, tuple[Any, Any]]:
         """Check X, and split the mean into a number of the parameters' dtype and what it lacks."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, reset=False)
+        X = _validated(self, X, reset=False)
         high = self.mean_.astype(checks.parameter_dtypes(X.dtype)[-1])
         return X, (high, self.mean_ - high)
 
     def _apply(self, X: Any, mean: Any, weight: Any, bias: Any) -> Any:
         """``(X - mean) * weight + bias``."""
         dtype = checks.parameter_dtypes(X.dtype)[-1]
+        limits = np.finfo(np.float32)  # within which a weight is as exact as others
+        if dtype == np.float32 and ((weight < limits.tiny) | (weight > limits.max)).any():
+            return self._apply(X.astype(np.float64), mean, weight, bias).astype(X.dtype)
         mean, weight, bias = (array.astype(dtype) for array in (mean, weight, bias))
-        y = batch_norm_inference(
-            self._view(X), mean, np.ones_like(mean), weight, bias, eps=0.0, axis=self.axis
-        )
+        view, ones = self._view(X, len(mean)), np.ones_like(mean)
+        y = batch_norm_inference(view, mean, ones, weight, bias, eps=0.0, axis=self.axis)
         return y.reshape(X.shape)
+
+
+def _validated(scaler: BatchNormScaler, X: Any, reset: bool) -> Any:
+    """Give X as a NumPy array, whatever array namespaces others let scikit-learn compute in."""
+    with config_context(array_api_dispatch=False):
+        return validate_data(scaler, X, dtype=FLOAT_DTYPES, reset=reset)

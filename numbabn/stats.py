@@ -7,19 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .libraries import host_of, library_of, namespace
+from .libraries import is_on_device, library_of, namespace
 
 PerChannel = Any  # an array of float64 of any library, shape (C,)
 
 
 def _none() -> PerChannel:
     return np.zeros(0)
-
-
-def _on_device(array: Any) -> bool:
-    """Whether to leave an array where it is: to look at its numbers would copy them to the host."""
-    library = library_of(array)
-    return library not in (None, "numpy") and host_of(array) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +54,8 @@ class BatchStats:
     def __post_init__(self) -> None:
         for name in ("mean", "m2"):
             array = getattr(self, name)
-            if not _on_device(array):
+            # To look at its numbers there would copy them to the host.
+            if not is_on_device(array):
                 object.__setattr__(self, name, np.asarray(array, np.float64))
         if len(self.mean.shape) != 1 or self.mean.shape != self.m2.shape:
             raise ValueError(

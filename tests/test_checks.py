@@ -72,6 +72,11 @@ def refused(call, arguments, error, name, expected, came):
     assert re.match(parts, str(caught.value)), caught.value
 
 
+def array_for(name):
+    """Name what is expected of x, and of what is beside it."""
+    return "an array on the CPU or a CUDA device" if name == "x" else "a NumPy array"
+
+
 def over(*names, calls=FUNCTIONS):
     """Run the test for each of the arguments in each of the calls that take it."""
     pairs = [(call, name) for call in calls for name in names if name in FUNCTIONS[call][1]]
@@ -144,7 +149,7 @@ class TestKindsAndDtypes:
     def test_no_numpy_array(self, call, name, convert, kind):
         arguments = valid(call)
         arguments[name] = convert(arguments[name])
-        refused(call, arguments, TypeError, name, "a NumPy array", kind)
+        refused(call, arguments, TypeError, name, array_for(name), kind)
 
     @over("residual", "dy", "out", "weight", "bias", "running_mean", "running_var", calls=WITH_X)
     def test_on_a_device_beside_numpy(self, call, name):
@@ -173,7 +178,7 @@ class TestKindsAndDtypes:
 
     @over("x", "dy", "mean", "invstd")
     def test_none(self, call, name):
-        refused(call, valid(call) | {name: None}, TypeError, name, "a NumPy array", "NoneType")
+        refused(call, valid(call) | {name: None}, TypeError, name, array_for(name), "NoneType")
 
     @pytest.mark.parametrize(
         "stats", [None, (2, np.ones(3), np.ones(3)), {"count": 2}], ids=["None", "tuple", "dict"]

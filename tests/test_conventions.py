@@ -116,7 +116,8 @@ class TestStateDict:
         module = torch.nn.BatchNorm1d(C)
         module(torch.randn(8, C))
         layer = BatchNorm(C)
-        layer.load_state_dict(state_dict_from("pytorch", module.state_dict()))
+        parameters = {name: array.bfloat16() for name, array in module.named_parameters()}
+        layer.load_state_dict(state_dict_from("pytorch", module.state_dict() | parameters))
         assert layer.num_batches_tracked == 1
         np.testing.assert_array_equal(layer.running_mean, module.running_mean.numpy())
         back = state_dict_to("pytorch", layer.state_dict())
@@ -159,6 +160,7 @@ class TestStateDict:
                 ValueError,
                 r"B: expected shape \(5,\), got \(6,\)",
             ),
+            ("keras", {"a/beta": np.ma.ones(C)}, TypeError, "a/beta: .*, got MaskedArray, whose"),
             ("onnx", {"scale": np.ones((1, C))}, ValueError, "scale: expected shape"),
             ("onnx", {"B": np.ones(C, int)}, TypeError, "B: expected .*float64, got int64"),
         ],

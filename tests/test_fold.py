@@ -110,6 +110,23 @@ def test_errors(name, value, error, expected, came):
         numbabn.fold(**arguments)
 
 
+class Negated(np.ndarray):
+    """Computes in a way of its own."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        inputs = [np.asarray(each) for each in inputs]
+        return -getattr(ufunc, method)(*inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["conv_weight", *CHANNELS])
+def test_subclasses_are_arrays(name):
+    arguments = valid(KERNELS["conv"])
+    got = numbabn.fold(**arguments | {name: arguments[name].view(Negated)})
+    for array, expected in zip(got, numbabn.fold(**arguments), strict=True):
+        assert type(array) is np.ndarray
+        np.testing.assert_array_equal(array, expected)
+
+
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_a_matrix_is_an_array():
     matrix = np.arange(12.0).reshape(4, 3).view(np.matrix)

@@ -14,6 +14,7 @@ from problem import Host, Problem, check_inference, check_statistics, check_trai
 
 import numbabn
 from numbabn import cpu, host, reference
+from numbabn.libraries import float64_in_jax
 from numbabn.results import SMALLEST
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -91,7 +92,7 @@ class JAX(Host):
     def put(self, array):
         if array is None:
             return None
-        with self.jax.enable_x64(True):
+        with float64_in_jax():
             return self.jax.numpy.asarray(array)
 
     def get(self, array):
@@ -363,8 +364,18 @@ class TestRefused:
         assert "x: expected an array that NumPy can read where it is" in done.stdout
         assert "spread over 2 devices" in done.stdout
 
+    def test_jax_deleted(self, jax):
+        x, weight = jax.put(np.ones((4, 3), np.float32)), jax.put(np.ones(3, np.float32))
+        weight.delete()
+        with pytest.raises(TypeError, match=r"^weight: .*, got a ArrayImpl: .* deleted"):
+            numbabn.batch_norm(x, weight=weight, training=True)
+        x.delete()
+        for function in (numbabn.batch_stats, numbabn.BatchNorm(3), numbabn.batch_norm_forward):
+            with pytest.raises(TypeError, match=r"^x: .*, got a ArrayImpl: .* deleted"):
+                function(x)
+
     def test_jax_within_a_traced_function(self, jax):
-        with pytest.raises(TypeError, match=r"x: expected a NumPy array .*, got .*Tracer"):
+        with pytest.raises(TypeError, match=r"x: expected an array on .*Tracer, .* numbabn\.jax "):
             jax.jax.jit(lambda x: numbabn.batch_norm(x, training=True))(jax.put(np.ones((4, 3))))
 
     def test_torch_that_numpy_cannot_read(self, torch):
@@ -380,6 +391,65 @@ def test_torch_records_no_gradients(torch):
     y = numbabn.batch_norm(x, weight=weight, training=True)
     assert type(y) is torch.torch.Tensor
     assert not y.requires_grad
+
+
+WRITTEN = {
+    "out": lambda x, mean, var, out: numbabn.batch_norm(x, mean, var, out=out),
+    "in place": lambda x, mean, var, out: numbabn.batch_norm_forward(x, out=x),
+    "dx": lambda x, mean, var, out: numbabn.batch_norm_backward(x, x, None, mean, var, out=out),
+    "running": lambda x, mean, var, out: numbabn.batch_norm(x, mean, var, training=True),
+    "alone": lambda x, mean, var, out: numbabn.update_running_stats(
+        mean, var, numbabn.batch_stats(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WRITTEN.values(), ids=WRITTEN)
+def test_torch_is_told_what_was_written(torch, call):
+    """A gradient that would be of other numbers than those that were saved is an error."""
+    given = operands()
+    arrays = [given[name] for name in ("x", "running_mean", "running_var", "dy")]
+    tensors = [torch.put(array.copy()) for array in arrays]
+    ones = [torch.torch.ones(array.shape, requires_grad=True) for array in arrays]
+    products = [(one * tensor).sum() for one, tensor in zip(ones, tensors, strict=True)]
+    call(*tensors)
+    written = 0
+    for array, tensor, product in zip(arrays, tensors, products, strict=True):
+        if np.array_equal(array, tensor):
+            product.backward()
+        else:
+            written += 1
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+    assert written
+
+
+def test_torch_is_told_nothing_of_an_empty_batch(torch):
+    mean, var = torch.torch.zeros(3), torch.torch.ones(3)
+    numbabn.batch_norm(torch.torch.ones(0, 3), mean, var, training=True)
+    assert (mean._version, var._version) == (0, 0)
+
+
+def test_torch_in_inference_mode(torch):
+    """Its tensors have no count of what is written."""
+    with torch.torch.inference_mode():
+        x, mean, var = torch.torch.rand(4, 3), torch.torch.zeros(3), torch.torch.ones(3)
+    assert numbabn.batch_norm(x, mean, var, training=True, out=x) is x
+    numbabn.update_running_stats(mean, var, numbabn.batch_stats(x))
+    assert mean.all()
+
+
+@pytest.mark.filterwarnings("ignore")  # of all that Dynamo cannot see through
+def test_torch_compiles_around_it(torch):
+    x = torch.put(operands()["x"])
+
+    def function(x, out):
+        return numbabn.batch_norm(x, training=True, out=out) + 1
+
+    expected = function(x, None)
+    compiled = torch.torch.compile(function, backend="eager")
+    for out in (None, torch.torch.empty_like(x)):
+        np.testing.assert_array_equal(compiled(x, out), expected)
 
 
 def test_torch_of_any_strides(torch):
@@ -401,10 +471,20 @@ def test_jax_results_are_those_that_were_still_computed(jax):
     np.testing.assert_allclose(jax.get(y), expected, atol=1e-5)
 
 
+def test_jax_before_it_had_enable_x64(jax, monkeypatch):
+    new = jax.jax.enable_x64
+    monkeypatch.delattr(jax.jax, "enable_x64")
+    monkeypatch.setattr("jax.experimental.enable_x64", lambda: new(True), raising=False)
+    result = numbabn.batch_norm_forward(jax.put(operands()["x"]))
+    assert result.mean.dtype == np.float64
+
+
 def test_results_are_on_the_device_of_x():
     xp = pytest.importorskip("array_api_strict")
     device = xp.Device("device1")
     x = xp.asarray(operands()["x"], device=device)
+    stats = numbabn.batch_stats(x)
+    np.testing.assert_array_equal(stats.mean, numbabn.batch_stats(operands()["x"]).mean)
     result = numbabn.batch_norm_forward(x)
     assert {result.y.device, result.mean.device, result.invstd.device} == {device}
 
@@ -451,6 +531,19 @@ class TestLayer:
         layer = numbabn.BatchNorm(3)
         layer.weight = torch.torch.full((3,), 2.0)
         np.testing.assert_array_equal(layer.state_dict()["weight"], [2, 2, 2])
+        for x in (np.ones((4, 3), np.float32), torch.torch.ones(4, 3)):
+            with pytest.raises(TypeError, match=r"^weight: expected a NumPy array, got Tensor"):
+                layer(x)
+
+    def test_loads_arrays_of_every_library(self, on):
+        given = operands()
+        names = ("weight", "bias", "running_mean", "running_var")
+        layer = numbabn.BatchNorm(4, dtype=np.float64)
+        for dtype, _ in each_dtype(on):
+            state = {name: given[name].astype(dtype) for name in names}
+            layer.load_state_dict(on.put_all(state))
+            for name, array in state.items():
+                np.testing.assert_array_equal(getattr(layer, name), array.astype(np.float64))
 
 
 class Measured(np.ndarray):
@@ -577,7 +670,7 @@ class TestSubclasses:
         given = operands()
         given["out"] = given.pop("dy")
         before = {key: array.copy() for key, array in given.items()}
-        with pytest.raises(TypeError, match=rf"^{name}: expected a NumPy array.*got {reason}"):
+        with pytest.raises(TypeError, match=rf"^{name}: expected a.* array.*got {reason}"):
             numbabn.batch_norm(**given | {name: convert(given[name])}, training=True)
         for key, array in before.items():
             np.testing.assert_array_equal(given[key], array)

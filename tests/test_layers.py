@@ -1,5 +1,7 @@
 """The layer against the oracle, and against PyTorch's where that is installed."""
 
+import copy
+import pickle
 import warnings
 from functools import partial
 
@@ -283,6 +285,11 @@ class TestStateDict:
                 "running_var: expected float16, bfloat16, float32 or float64, got int64",
             ),
             (
+                {"bias": np.ma.ones(C)},
+                TypeError,
+                "bias: expected an array on .*, got MaskedArray, ",
+            ),
+            (
                 {"num_batches_tracked": np.float64(3)},
                 TypeError,
                 "num_batches_tracked: expected an integer, got float64",
@@ -378,7 +385,7 @@ class TestErrors:
                 "x: expected float16, bfloat16, float32 or float64, got int64",
             ),
             (np.ones(C), ValueError, "x: expected 2 or more dimensions"),
-            ([[1.0] * C] * 8, TypeError, "x: expected a NumPy array or a CUDA array, got list"),
+            ([[1.0] * C] * 8, TypeError, "x: expected an array on the CPU or a CUDA device"),
         ],
     )
     def test_a_failing_forward_leaves_the_layer(self, x, error, message, training):
@@ -391,6 +398,17 @@ class TestErrors:
             layer(x)
         unchanged(layer, before)
         np.testing.assert_array_equal(layer.backward(dy), dx)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_copy_is_without_the_last_batch(self, training):
+        layer = random_layer().train(training)
+        x, dy = batch((8, C))
+        layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            with pytest.raises(RuntimeError, match="expected a forward pass before it, got none"):
+                twin.backward(dy)
+            np.testing.assert_array_equal(twin(x), layer(x))
+            np.testing.assert_array_equal(twin.backward(dy), layer.backward(dy))
 
     def test_one_value_per_channel(self):
         x = np.ones((1, C))

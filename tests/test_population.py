@@ -1,5 +1,6 @@
 """Statistics of a data set in batches against the oracle on all of it."""
 
+import sys
 import weakref
 from itertools import pairwise
 
@@ -126,6 +127,15 @@ def test_batches_of_one_value():
         numbabn.population_stats(given, method="paper")
 
 
+class Dataset:
+    """As h5py's: no array, but with rows to iterate over."""
+
+    shape, dtype = (4, 3, 2), np.dtype(np.float32)
+
+    def __iter__(self):
+        return iter(np.ones(self.shape, self.dtype))
+
+
 @pytest.mark.parametrize("offset", [1e4, 1e8])
 def test_far_from_zero(offset):
     given = [offset + batch for batch in batches((0, 3), 1)]
@@ -141,12 +151,14 @@ def test_far_from_zero(offset):
     [
         (None, TypeError, "batches: expected an iterable, got NoneType"),
         (7.0, TypeError, "batches: expected an iterable, got float"),
-        ([[[1.0, 2.0]]], TypeError, "x: expected a NumPy array or a CUDA array, got list"),
+        ([[[1.0, 2.0]]], TypeError, "x: expected an array on the CPU or a CUDA device, got list"),
+        (Dataset(), TypeError, "batches: expected an array, or .* slices of it, got Dataset"),
         (
             np.ma.ones((4, 3)),
             TypeError,
-            "x: expected a NumPy array or a CUDA array, got MaskedArray",
+            "batches: expected an array, or .*, got MaskedArray, whose",
         ),
+        ([np.ma.ones((4, 3))], TypeError, "x: expected an array on .*, got MaskedArray, whose"),
         (
             [np.ones((4, 3), int)],
             TypeError,
@@ -251,9 +263,26 @@ class TestDask:
         with pytest.raises(error, match=message):
             numbabn.population_stats(plan, axis=axis, method=method)
 
+    def test_work_grows_as_the_number_of_chunks(self, dask_array):
+        """Not as its square, as where each chunk's turn looks through the whole plan."""
+
+        def calls(chunks):
+            plan = dask_array.from_array(cases.normal((chunks, 3)), chunks=(1, 3))[::-1] * 2
+            events = []
+            sys.setprofile(lambda frame, event, argument: events.append(event))
+            try:
+                numbabn.population_stats(plan)
+            finally:
+                sys.setprofile(None)
+            return events.count("call")
+
+        with pytest.importorskip("dask").config.set(scheduler="synchronous"):
+            calls(1)  # imports what it needs
+            assert calls(200) < 2.1 * calls(100)
+
     def test_chunks_of_another_kind(self, dask_array):
         plan = dask_array.from_array(np.ones((4, 3)), chunks=2).map_blocks(np.ma.masked_array)
-        with pytest.raises(TypeError, match=r"x: expected a NumPy array .*, got MaskedArray"):
+        with pytest.raises(TypeError, match=r"x: expected an array .*, got MaskedArray"):
             numbabn.population_stats(plan)
 
     def test_chunks_of_one_value(self, dask_array):

@@ -55,11 +55,32 @@ def test_scikit_learns_checks():
         "from sklearn.utils.estimator_checks import check_estimator\n"
         "from numbabn.sklearn import BatchNormScaler\n"
         "for options in ({}, dict(eps=1e-5, momentum=0.1), dict(channels=1), "
-        "dict(channels=1, axis=-1)):\n"
+        "dict(channels=1, axis=-1), dict(correction=1)):\n"
         "    checks = check_estimator(BatchNormScaler(**options), on_skip=None)\n"
         "    assert len(checks) > 40\n"
         "    for check in checks: assert check['status'] == 'passed', check\n"
     )
+    run_with_array_api(code)
+
+
+def test_tensors_give_numpys_arrays():
+    """Where scikit-learn would compute with them, too."""
+    pytest.importorskip("torch")
+    code = (
+        "import numpy, sklearn, torch\n"
+        "from numbabn.sklearn import BatchNormScaler\n"
+        "X = torch.rand(20, 3)\n"
+        "expected = BatchNormScaler().fit_transform(X)\n"
+        "with sklearn.config_context(array_api_dispatch=True):\n"
+        "    Z = BatchNormScaler().fit_transform(X)\n"
+        "assert type(Z) is numpy.ndarray\n"
+        "numpy.testing.assert_array_equal(Z, expected)\n"
+    )
+    run_with_array_api(code)
+
+
+def run_with_array_api(code):
+    """Run a program that may ask scikit-learn for it, which is settled when SciPy is imported."""
     environment = {**os.environ, "SCIPY_ARRAY_API": "1"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
@@ -119,6 +140,12 @@ class TestBatches:
             np.testing.assert_allclose(scaler.mean_, mean, rtol=1e-14, atol=1e-14)
             np.testing.assert_allclose(scaler.var_, m2 / count, rtol=1e-9 if offset else 1e-13)
 
+    def test_a_batch_of_one_row(self):
+        scaler = BatchNormScaler(correction=1).partial_fit(data()[:20])
+        for start in (20, 21, 22):
+            scaler.partial_fit(data()[start : start + 1])
+        np.testing.assert_allclose(scaler.var_, data()[:23].var(axis=0, ddof=1), rtol=1e-13)
+
     def test_fit_forgets(self):
         scaler = BatchNormScaler().fit(data(seed=1)).partial_fit(data(seed=2))
         again = scaler.fit(data())
@@ -153,6 +180,18 @@ class TestBatches:
             scaler.partial_fit(data(seed=1))
             np.testing.assert_array_equal(mean, before)
             assert not np.array_equal(scaler.mean_, before)
+
+
+class TestDTypes:
+    def test_float32_near_its_smallest(self):
+        """1 over their deviation is beyond float32."""
+        X = np.ldexp(data().astype(np.float32), -130)
+        scaler = BatchNormScaler().fit(X)
+        Z = scaler.transform(X)
+        assert Z.dtype == np.float32
+        y, _, _ = reference.forward(X.astype(np.float64), eps=0)
+        assert error(Z, y) < 1e-6
+        np.testing.assert_array_equal(scaler.inverse_transform(Z), X)
 
 
 class TestAgainstStandardScaler:
@@ -253,6 +292,22 @@ class TestErrors:
             with pytest.raises(ValueError, match=r"Input X contains (NaN|infinity)"):
                 method(X)
         assert scaler.n_samples_seen_ == 50
+
+    def test_other_channels_than_were_fitted(self):
+        for options, channels in (({}, 4), ({"channels": 4}, 3), ({"channels": 4}, None)):
+            scaler = BatchNormScaler(**options).fit(data()).set_params(channels=channels)
+            for method in (scaler.partial_fit, scaler.transform, scaler.inverse_transform):
+                with pytest.raises(
+                    ValueError, match=r"^channels: expected \d+, .* statistics, got"
+                ):
+                    method(data())
+
+    def test_a_failing_fit_changes_nothing(self):
+        scaler = BatchNormScaler(channels=3).fit(data())
+        before = pickle.dumps(scaler)
+        with pytest.raises(ValueError, match="channels: expected a divisor of the 11 columns"):
+            scaler.fit(data((11,)))
+        assert pickle.dumps(scaler) == before
 
     def test_a_failing_batch_changes_nothing(self):
         scaler = BatchNormScaler().fit(data())

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..layout import contiguous_strides
-from ..libraries import ANY, DeviceArray, Form, Place, form_of, library_of
+from ..libraries import ANY, DeviceArray, Form, Place, float64_in_jax, form_of, library_of
 from .formats import ACCESS, LEGACY
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -402,7 +402,7 @@ class _JAX(_Protocol):
         memory = Buffer.from_handle(array.address, array.nbytes, owner=array.owner)
         steps = tuple(stride // array.itemsize for stride in array.strides)
         view = StridedMemoryView.from_buffer(memory, array.shape, steps, dtype=array.dtype)
-        with jax.enable_x64(True):  # else float64 becomes float32
+        with float64_in_jax():
             return jax.dlpack.from_dlpack(view)
 
 

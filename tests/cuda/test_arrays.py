@@ -114,7 +114,7 @@ class TestLibraries:
 
     def test_on_no_device_that_is_known(self, torch):
         x = torch.ones(4, 3, device="meta")
-        expected = "x: expected a NumPy array or a CUDA array, got a Tensor on the META"
+        expected = "x: expected an array on the CPU or a CUDA device, got a Tensor on the META"
         with pytest.raises(TypeError, match=expected):
             numbabn.batch_norm(x, training=True)
         with pytest.raises(TypeError, match=expected):
@@ -177,7 +177,9 @@ class TestStatistics:
 
     @pytest.fixture
     def on_device(self, torch, monkeypatch):
-        monkeypatch.setattr(numbabn.stats, "_on_device", lambda array: library_of(array) == "torch")
+        monkeypatch.setattr(
+            numbabn.stats, "is_on_device", lambda array: library_of(array) == "torch"
+        )
 
         def stats(x):
             count, mean, m2 = numbabn.batch_stats(x).__dict__.values()

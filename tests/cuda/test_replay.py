@@ -382,7 +382,7 @@ ERRORS = {
     "no array": ("bias", lambda a: "bias", TypeError, "bias: .*got str"),
     "dtype": ("weight", lambda a: put(np.empty(33)), TypeError, "weight: expected float32"),
     "shape": ("weight", lambda a: put(np.empty(32, np.float32)), ValueError, "weight: "),
-    "not there": ("x", lambda a: None, TypeError, "x: expected a NumPy array or a CUDA array"),
+    "not there": ("x", lambda a: None, TypeError, "x: expected an array on the CPU or a CUDA"),
     "momentum": ("momentum", lambda a: True, TypeError, "momentum: expected a real number"),
     "eps": ("eps", lambda a: -1e-5, ValueError, "eps: "),
     "axis": ("axis", lambda a: 4, ValueError, "axis: "),

@@ -9,6 +9,7 @@ import pytest
 
 import numbabn
 from numbabn import reference
+from numbabn.libraries import float64_in_jax
 
 pytestmark = pytest.mark.gpu
 
@@ -100,7 +101,7 @@ class JAX:
         self.kind = self.jax.Array
 
     def put(self, values):
-        with self.jax.enable_x64(True):
+        with float64_in_jax():
             return self.jax.numpy.asarray(values)
 
     def get(self, array):
@@ -182,6 +183,23 @@ def test_memory_of_any_kind():
         expected = library.get(y)
         assert numbabn.batch_norm(x, training=True, out=x) is x
         close(library.get(x), expected, np.float32)
+
+
+def test_autograd_is_told_what_was_written():
+    """A gradient that would be of other numbers than those that were saved is an error."""
+    library = Torch()
+    ones = library.torch.ones(5, device="cuda", requires_grad=True)
+    x = library.put(cases.normal((8, 5), np.float32))
+    for _ in range(3):  # made anew, then as before
+        mean, var = library.torch.zeros(5, device="cuda"), library.torch.ones(5, device="cuda")
+        read, product = (ones * mean).sum(), (ones * x).sum()
+        numbabn.batch_norm(x, mean, var)
+        read.backward()
+        written = (ones * mean).sum()
+        numbabn.batch_norm(x, mean, var, training=True, out=x)
+        for each in (written, product):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                each.backward()
 
 
 def test_read_only():
