@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checks, functional, xla
 
-Arrays = dict[str, Any]  # by the names of numbabn's arguments and results, if they are there
+Named = dict[str, Any]  # arrays by the names of numbabn's arguments and results, if they are there
 RUNNING = ("running_mean", "running_var")
 
 
@@ -125,7 +125,7 @@ def _array(name: str, array: Any) -> jax.Array:
 
 
 def _check(
-    given: Arrays, training: bool,
+    given: Named, training: bool,
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any,
 ) -> _Settings:  # fmt: skip
     """Check arguments as NumPy's are checked: by arrays of these forms that have no memory."""
@@ -137,9 +137,9 @@ def _check(
     )
     others = momentum, eps, axis, residual, activation, correction, None
     if training:
-        sweep = functional._check_forward(x, weight, bias, mean, var, *others)
+        sweep = functional.check_forward(x, weight, bias, mean, var, *others)
     else:
-        sweep = functional._check_inference(x, mean, var, weight, bias, *others)
+        sweep = functional.check_inference(x, mean, var, weight, bias, *others)
     return _Settings(
         given["x"].ndim, bool(training), sweep.axis, sweep.eps, sweep.momentum, sweep.correction,
         activation, residual is not None,
@@ -150,18 +150,18 @@ def _like(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _outputs(settings: _Settings, given: Arrays) -> Arrays:
+def _outputs(settings: _Settings, given: Named) -> Named:
     """Describe y and, in training, the new running statistics."""
     names = [name for name in RUNNING if settings.training and name in given]
     return {"y": _like(given["x"]), **{name: _like(given[name]) for name in names}}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(settings: _Settings, given: Arrays) -> Arrays:
+def _normalize(settings: _Settings, given: Named) -> Named:
     return _call("forward", settings, given, _outputs(settings, given))
 
 
-def _normalize_forward(settings: _Settings, given: Arrays) -> tuple[Arrays, Arrays]:
+def _normalize_forward(settings: _Settings, given: Named) -> tuple[Named, Named]:
     x = given["x"]
     further = {}
     if settings.training:
@@ -177,7 +177,7 @@ def _normalize_forward(settings: _Settings, given: Arrays) -> tuple[Arrays, Arra
     return results, kept
 
 
-def _normalize_backward(settings: _Settings, kept: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+def _normalize_backward(settings: _Settings, kept: Named, cotangents: Named) -> tuple[Named]:
     x, weight = kept["x"], kept.get("weight")
     dy = cotangents["y"]
     if "y" in kept:
@@ -212,14 +212,14 @@ def _normalize_backward(settings: _Settings, kept: Arrays, cotangents: Arrays) -
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def _call(operation: str, settings: _Settings, given: Arrays, outputs: Arrays) -> Arrays:
+def _call(operation: str, settings: _Settings, given: Named, outputs: Named) -> Named:
     """Call `_forward` or `_backward` from a program."""
     values = {"given": list(given), "outputs": list(outputs), **settings._asdict()}
     results = xla.call(f"numbabn_{operation}", tuple(outputs.values()), values, *given.values())
     return dict(zip(outputs, results, strict=True))
 
 
-def _target(function: Callable[[Arrays, Arrays, Any], None]) -> None:
+def _target(operation: str, function: Callable[[Named, Named, Any], None]) -> None:
     """Let programs call a function of arrays to read, arrays to write, and settings."""
 
     def run(settings: Any, given: list[Any], outputs: list[Any]) -> None:
@@ -234,11 +234,11 @@ def _target(function: Callable[[Arrays, Arrays, Any], None]) -> None:
                 settings,
             )
 
-    xla.register(f"numbabn{function.__name__}", run)
+    xla.register(f"numbabn_{operation}", run)
 
 
-@_target
-def _forward(given: Arrays, outputs: Arrays, settings: Any) -> None:
+@partial(_target, "forward")
+def _forward(given: Named, outputs: Named, settings: Any) -> None:
     names = ("axis", "eps", "momentum", "activation", "correction")
     options = {name: settings[name] for name in names}
     running = {name: outputs[name] for name in RUNNING if name in outputs}
@@ -254,8 +254,8 @@ def _forward(given: Arrays, outputs: Arrays, settings: Any) -> None:
         outputs["mask"][...] = mask
 
 
-@_target
-def _backward(given: Arrays, outputs: Arrays, settings: Any) -> None:
+@partial(_target, "backward")
+def _backward(given: Named, outputs: Named, settings: Any) -> None:
     if settings["training"]:
         mean, invstd = given["saved"].view(np.float64)
     else:
