@@ -15,6 +15,7 @@ from . import checks, functional, xla
 
 Named = dict[str, Any]  # arrays by the names of numbabn's arguments and results, if they are there
 RUNNING = ("running_mean", "running_var")
+_TYPED = hasattr(jax.sharding, "ManualAxisType")  # whether types tell of meshes, as of JAX 0.10
 
 
 class Normalized(NamedTuple):
@@ -113,7 +114,9 @@ def batch_norm(
         if array is not None or name == "x"
     }  # fmt: skip
     settings = _check(given, training, momentum, eps, axis, activation, correction)
-    results = _normalize(settings, given)
+    arrays = _alike(*map(_gather, given.values()))
+    results = _normalize(settings, dict(zip(given, arrays, strict=True)))
+    results = {name: _scatter(a, given.get(name, given["x"])) for name, a in results.items()}
     running = results if training else given
     return Normalized(results["y"], *map(running.get, RUNNING))
 
@@ -122,6 +125,33 @@ def _array(name: str, array: Any) -> jax.Array:
     if not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{name}: expected a JAX array, got {type(array).__qualname__}")
     return jnp.asarray(array)
+
+
+def _gather(array: jax.Array) -> jax.Array:
+    """Have the whole of an array whose type says that it is sharded."""
+    sharding = jax.typeof(array).sharding
+    if _TYPED and any(sharding.spec):
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.reshard(array, whole)
+    return array
+
+
+def _scatter(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Shard an array as the type of another says."""
+    sharding = jax.typeof(like).sharding
+    return jax.reshard(array, sharding) if _TYPED and any(sharding.spec) else array
+
+
+def _alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Let arrays differ between shards of a shard_map along each mesh axis along which one does."""
+    if not _TYPED:
+        return list(arrays)
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    union = frozenset[str]().union(*varying)
+    return [
+        jax.lax.pcast(array, tuple(union - own), to="varying")
+        for array, own in zip(arrays, varying, strict=True)
+    ]
 
 
 def _check(
@@ -199,7 +229,7 @@ def _normalize_backward(settings: _Settings, kept: Named, cotangents: Named) -> 
     if settings.with_residual:
         by["residual"] = gradients.get("dresidual", dy)
     if settings.training:
-        by |= {name: jnp.zeros_like(kept[name]) for name in RUNNING if name in kept}
+        by |= {name: None for name in RUNNING if name in kept}  # which means zeros
     else:
         mean, var = (kept[name] for name in RUNNING)
         invstd = jax.lax.rsqrt(var.astype(jnp.promote_types(dtype, np.float32)) + settings.eps)
@@ -216,7 +246,7 @@ def _call(operation: str, settings: _Settings, given: Named, outputs: Named) -> 
     """Call `_forward` or `_backward` from a program."""
     values = {"given": list(given), "outputs": list(outputs), **settings._asdict()}
     results = xla.call(f"numbabn_{operation}", tuple(outputs.values()), values, *given.values())
-    return dict(zip(outputs, results, strict=True))
+    return dict(zip(outputs, _alike(*results, *given.values()), strict=False))
 
 
 def _target(operation: str, function: Callable[[Named, Named, Any], None]) -> None:
