@@ -212,18 +212,21 @@ def _normalize_backward(settings: _Settings, kept: Named, cotangents: Named) -> 
     dy = cotangents["y"]
     if "y" in kept:
         dy = jnp.where(kept["y"] <= 0, jnp.zeros_like(dy), dy)
-    dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
+    # Of 16 bits a sum over the batch may be too large; bias may have float32 where weight has not.
+    dtype = checks.parameter_dtypes(x.dtype)[-1]
     parameter = jax.ShapeDtypeStruct((x.shape[settings.axis],), dtype)
     outputs = {"dx": _like(x), "dweight": parameter, "dbias": parameter}
     if settings.with_residual and "mask" in kept:
         outputs["dresidual"] = _like(x)
     names = ("x", "weight", "saved", "mask") if settings.training else ("x", "weight", *RUNNING)
     given = {"dy": dy, **{name: kept[name] for name in names if name in kept}}
+    if weight is not None:
+        given["weight"] = weight.astype(dtype)
     gradients = _call("backward", settings, given, outputs)
 
     by = {"x": gradients["dx"]}
     if weight is not None:
-        by["weight"] = gradients["dweight"]
+        by["weight"] = gradients["dweight"].astype(weight.dtype)
     if "bias" in kept:
         by["bias"] = gradients["dbias"].astype(kept["bias"].dtype)
     if settings.with_residual:
@@ -232,7 +235,7 @@ def _normalize_backward(settings: _Settings, kept: Named, cotangents: Named) -> 
         by |= {name: None for name in RUNNING if name in kept}  # which means zeros
     else:
         mean, var = (kept[name] for name in RUNNING)
-        invstd = jax.lax.rsqrt(var.astype(jnp.promote_types(dtype, np.float32)) + settings.eps)
+        invstd = jax.lax.rsqrt(var.astype(dtype) + settings.eps)
         scale = invstd if weight is None else invstd * weight
         by["running_mean"] = (-gradients["dbias"] * scale).astype(mean.dtype)
         by["running_var"] = (-gradients["dweight"] * scale * invstd / 2).astype(var.dtype)

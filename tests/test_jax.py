@@ -217,6 +217,20 @@ class TestAgainstJAX:
             for name, array in given.items():
                 assert (gradients[name].dtype, gradients[name].shape) == (array.dtype, array.shape)
 
+    def test_large_gradients_beside_16_bits(self):
+        """Of each parameter in its own dtype, whatever that of the weight."""
+        x = jnp.asarray(cases.normal((400, 2, 300), np.float16))
+        bias = jnp.zeros(2)
+        for dtype in (np.float16, np.float32):
+            weight = jnp.ones(2, dtype)
+            run = lambda bias, mean, w=weight: batch_norm(x, mean, bias + 1, w, bias).y  # noqa: E731
+            _, pull = jax.vjp(run, bias, bias)
+            dbias, dmean = pull(jnp.ones_like(x))
+            assert dbias.dtype == dmean.dtype == np.float32
+            np.testing.assert_allclose(dmean, -120000, rtol=1e-4)
+            run = lambda bias, w=weight: batch_norm(x, weight=w, bias=bias, training=True).y  # noqa: E731
+            np.testing.assert_array_equal(jax.vjp(run, bias)[1](jnp.ones_like(x))[0], [120000] * 2)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_without_weight_and_bias(self, x64, training):
         x, mean, var, weight, bias, _, dy = arrays((9, 4, 6), 1, np.float32)
