@@ -18,6 +18,7 @@ from numbabn import reference
 pytest.importorskip("jax")
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from numbabn.jax import batch_norm
@@ -511,6 +512,36 @@ for arrays in ((sharded, weight, mean), (jnp.asarray(x), *halves)):
 """,
             "Explicit",
         )
+
+
+def test_export(tmp_path):
+    """To a process that traces no call, and ends while it computes."""
+
+    def network(x):
+        for _ in range(5):
+            x = batch_norm(jnp.tanh(x) + jnp.cosh(x), training=True).y + 1
+        return x
+
+    x = cases.normal((32, 64, 56, 56), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", jax.jit(network)(x))
+    checks = [jax.export.DisabledSafetyCheck.custom_call("numbabn_forward")]
+    exported = jax.export.export(jax.jit(network), disabled_checks=checks)(x)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    code = (
+        "import pathlib, jax, jax.export, numpy as np, numbabn.jax\n"
+        "program = jax.export.deserialize(pathlib.Path('program').read_bytes())\n"
+        "run = jax.jit(program.call)\n"
+        "np.testing.assert_array_equal(run(np.load('x.npy')), np.load('y.npy'))\n"
+        "y = np.load('y.npy')\n"
+        "for _ in range(4): y = run(y)\n"
+        "del y\n"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path, check=True, timeout=60,
+    )  # fmt: skip
 
 
 class TestErrors:
