@@ -7,9 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from .extras import needed
+
+with needed("jax", "JAX"):
+    import jax
+    import jax.numpy as jnp
 
 from . import checks, functional, xla
 

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
-from onnx.reference.op_run import OpRun
+
+from .extras import needed
+
+with needed("onnx", "onnx"):
+    import onnx
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx.reference.op_run import OpRun
 
 from . import checks
 from .conventions import CONVENTIONS, settings_from, state_dict_from

@@ -3,8 +3,12 @@
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
-from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
+
+from .extras import needed
+
+with needed("sklearn", "scikit-learn"):
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from . import checks
 from .functional import batch_norm_inference, batch_stats, update_running_stats

@@ -1,8 +1,10 @@
 """Who may import whom: from lower levels only, and nothing heavy or foreign at import."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ PACKAGE = Path(numbabn.__file__).parent
 LEVELS = {
     "reference": 0,
     "xla": 0,
+    "extras": 0,
     "libraries": 0,
     "checks": 1,
     "host": 1,
@@ -104,6 +107,21 @@ def test_importing_loads_no_extra():
         "assert 'numbabn.cli' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "library"), [("jax", "JAX"), ("onnx", "onnx"), ("sklearn", "scikit-learn")]
+)
+def test_what_a_part_lacks(part, library, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(f"{part}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"numbabn.{part}", raising=False)
+    monkeypatch.setitem(sys.modules, part, None)
+    message = (
+        f'numbabn.{part}: expected {library}, got none installed: pip install "numbabn[{part}]"'
+    )
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
+        import_module(f"numbabn.{part}")
 
 
 def test_public_names():
