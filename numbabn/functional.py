@@ -95,10 +95,11 @@ class _Sweep(NamedTuple):
 
 
 @checks.remembered
-def _check_forward(
+def check_forward(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
     momentum: Any, eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
 ) -> _Sweep:  # fmt: skip
+    """Check what a forward pass in training is given."""
     backend, axis, C, count = _data(x, axis)
     _check_parameters(
         x, C, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
@@ -123,7 +124,7 @@ def _forward(
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any, to_go_back: bool,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Give y and, for a backward pass to come, mean, invstd and mask."""
-    sweep: _Sweep = _check_forward(
+    sweep: _Sweep = check_forward(
         x, weight, bias, running_mean, running_var,
         momentum, eps, axis, residual, activation, correction, out,
     )  # fmt: skip
@@ -335,7 +336,7 @@ def _inference(
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any,
 ) -> tuple[Any]:  # fmt: skip
     """Give y."""
-    sweep: _Sweep = _check_inference(
+    sweep: _Sweep = check_inference(
         x, running_mean, running_var, weight, bias,
         momentum, eps, axis, residual, activation, correction, out,
     )  # fmt: skip
@@ -357,10 +358,11 @@ def _inference(
 
 
 @checks.remembered
-def _check_inference(
+def check_inference(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: Any,
     eps: Any, axis: Any, residual: Any, activation: Any, correction: Any, out: Any,
 ) -> _Sweep:  # fmt: skip
+    """Check what inference is given."""
     backend, axis, C, count = _data(x, axis)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if array is None:

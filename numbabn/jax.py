@@ -7,14 +7,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from .extras import needed
+
+with needed("jax", "JAX"):
+    import jax
+    import jax.numpy as jnp
 
 from . import checks, functional, xla
 
-Arrays = dict[str, Any]  # by the names of numbabn's arguments and results, if they are there
+Named = dict[str, Any]  # arrays by the names of numbabn's arguments and results, if they are there
 RUNNING = ("running_mean", "running_var")
+_TYPED = hasattr(jax.sharding, "ManualAxisType")  # whether types tell of meshes, as of JAX 0.10
 
 
 class Normalized(NamedTuple):
@@ -113,7 +118,9 @@ def batch_norm(
         if array is not None or name == "x"
     }  # fmt: skip
     settings = _check(given, training, momentum, eps, axis, activation, correction)
-    results = _normalize(settings, given)
+    arrays = _alike(*map(_gather, given.values()))
+    results = _normalize(settings, dict(zip(given, arrays, strict=True)))
+    results = {name: _scatter(a, given.get(name, given["x"])) for name, a in results.items()}
     running = results if training else given
     return Normalized(results["y"], *map(running.get, RUNNING))
 
@@ -124,8 +131,35 @@ def _array(name: str, array: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
+def _gather(array: jax.Array) -> jax.Array:
+    """Have the whole of an array whose type says that it is sharded."""
+    sharding = jax.typeof(array).sharding
+    if _TYPED and any(sharding.spec):
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.reshard(array, whole)
+    return array
+
+
+def _scatter(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Shard an array as the type of another says."""
+    sharding = jax.typeof(like).sharding
+    return jax.reshard(array, sharding) if _TYPED and any(sharding.spec) else array
+
+
+def _alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Let arrays differ between shards of a shard_map along each mesh axis along which one does."""
+    if not _TYPED:
+        return list(arrays)
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    union = frozenset[str]().union(*varying)
+    return [
+        jax.lax.pcast(array, tuple(union - own), to="varying")
+        for array, own in zip(arrays, varying, strict=True)
+    ]
+
+
 def _check(
-    given: Arrays, training: bool,
+    given: Named, training: bool,
     momentum: Any, eps: Any, axis: Any, activation: Any, correction: Any,
 ) -> _Settings:  # fmt: skip
     """Check arguments as NumPy's are checked: by arrays of these forms that have no memory."""
@@ -137,9 +171,9 @@ def _check(
     )
     others = momentum, eps, axis, residual, activation, correction, None
     if training:
-        sweep = functional._check_forward(x, weight, bias, mean, var, *others)
+        sweep = functional.check_forward(x, weight, bias, mean, var, *others)
     else:
-        sweep = functional._check_inference(x, mean, var, weight, bias, *others)
+        sweep = functional.check_inference(x, mean, var, weight, bias, *others)
     return _Settings(
         given["x"].ndim, bool(training), sweep.axis, sweep.eps, sweep.momentum, sweep.correction,
         activation, residual is not None,
@@ -150,18 +184,18 @@ def _like(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _outputs(settings: _Settings, given: Arrays) -> Arrays:
+def _outputs(settings: _Settings, given: Named) -> Named:
     """Describe y and, in training, the new running statistics."""
     names = [name for name in RUNNING if settings.training and name in given]
     return {"y": _like(given["x"]), **{name: _like(given[name]) for name in names}}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(settings: _Settings, given: Arrays) -> Arrays:
+def _normalize(settings: _Settings, given: Named) -> Named:
     return _call("forward", settings, given, _outputs(settings, given))
 
 
-def _normalize_forward(settings: _Settings, given: Arrays) -> tuple[Arrays, Arrays]:
+def _normalize_forward(settings: _Settings, given: Named) -> tuple[Named, Named]:
     x = given["x"]
     further = {}
     if settings.training:
@@ -177,32 +211,35 @@ def _normalize_forward(settings: _Settings, given: Arrays) -> tuple[Arrays, Arra
     return results, kept
 
 
-def _normalize_backward(settings: _Settings, kept: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+def _normalize_backward(settings: _Settings, kept: Named, cotangents: Named) -> tuple[Named]:
     x, weight = kept["x"], kept.get("weight")
     dy = cotangents["y"]
     if "y" in kept:
         dy = jnp.where(kept["y"] <= 0, jnp.zeros_like(dy), dy)
-    dtype = checks.parameter_dtypes(x.dtype)[-1] if weight is None else weight.dtype
+    # Of 16 bits a sum over the batch may be too large; bias may have float32 where weight has not.
+    dtype = checks.parameter_dtypes(x.dtype)[-1]
     parameter = jax.ShapeDtypeStruct((x.shape[settings.axis],), dtype)
     outputs = {"dx": _like(x), "dweight": parameter, "dbias": parameter}
     if settings.with_residual and "mask" in kept:
         outputs["dresidual"] = _like(x)
     names = ("x", "weight", "saved", "mask") if settings.training else ("x", "weight", *RUNNING)
     given = {"dy": dy, **{name: kept[name] for name in names if name in kept}}
+    if weight is not None:
+        given["weight"] = weight.astype(dtype)
     gradients = _call("backward", settings, given, outputs)
 
     by = {"x": gradients["dx"]}
     if weight is not None:
-        by["weight"] = gradients["dweight"]
+        by["weight"] = gradients["dweight"].astype(weight.dtype)
     if "bias" in kept:
         by["bias"] = gradients["dbias"].astype(kept["bias"].dtype)
     if settings.with_residual:
         by["residual"] = gradients.get("dresidual", dy)
     if settings.training:
-        by |= {name: jnp.zeros_like(kept[name]) for name in RUNNING if name in kept}
+        by |= {name: None for name in RUNNING if name in kept}  # which means zeros
     else:
         mean, var = (kept[name] for name in RUNNING)
-        invstd = jax.lax.rsqrt(var.astype(jnp.promote_types(dtype, np.float32)) + settings.eps)
+        invstd = jax.lax.rsqrt(var.astype(dtype) + settings.eps)
         scale = invstd if weight is None else invstd * weight
         by["running_mean"] = (-gradients["dbias"] * scale).astype(mean.dtype)
         by["running_var"] = (-gradients["dweight"] * scale * invstd / 2).astype(var.dtype)
@@ -212,14 +249,14 @@ def _normalize_backward(settings: _Settings, kept: Arrays, cotangents: Arrays) -
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def _call(operation: str, settings: _Settings, given: Arrays, outputs: Arrays) -> Arrays:
+def _call(operation: str, settings: _Settings, given: Named, outputs: Named) -> Named:
     """Call `_forward` or `_backward` from a program."""
     values = {"given": list(given), "outputs": list(outputs), **settings._asdict()}
     results = xla.call(f"numbabn_{operation}", tuple(outputs.values()), values, *given.values())
-    return dict(zip(outputs, results, strict=True))
+    return dict(zip(outputs, _alike(*results, *given.values()), strict=False))
 
 
-def _target(function: Callable[[Arrays, Arrays, Any], None]) -> None:
+def _target(operation: str, function: Callable[[Named, Named, Any], None]) -> None:
     """Let programs call a function of arrays to read, arrays to write, and settings."""
 
     def run(settings: Any, given: list[Any], outputs: list[Any]) -> None:
@@ -234,11 +271,11 @@ def _target(function: Callable[[Arrays, Arrays, Any], None]) -> None:
                 settings,
             )
 
-    xla.register(f"numbabn{function.__name__}", run)
+    xla.register(f"numbabn_{operation}", run)
 
 
-@_target
-def _forward(given: Arrays, outputs: Arrays, settings: Any) -> None:
+@partial(_target, "forward")
+def _forward(given: Named, outputs: Named, settings: Any) -> None:
     names = ("axis", "eps", "momentum", "activation", "correction")
     options = {name: settings[name] for name in names}
     running = {name: outputs[name] for name in RUNNING if name in outputs}
@@ -254,8 +291,8 @@ def _forward(given: Arrays, outputs: Arrays, settings: Any) -> None:
         outputs["mask"][...] = mask
 
 
-@_target
-def _backward(given: Arrays, outputs: Arrays, settings: Any) -> None:
+@partial(_target, "backward")
+def _backward(given: Named, outputs: Named, settings: Any) -> None:
     if settings["training"]:
         mean, invstd = given["saved"].view(np.float64)
     else:

@@ -4,9 +4,13 @@ from copy import copy
 from typing import Any
 
 import numpy as np
-from sklearn import config_context
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
-from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
+
+from .extras import needed
+
+with needed("sklearn", "scikit-learn"):
+    from sklearn import config_context
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from . import checks
 from .functional import batch_norm_inference, batch_stats, update_running_stats

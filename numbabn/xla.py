@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import jax
 import ml_dtypes
 import numpy as np
+from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
@@ -128,8 +129,15 @@ _registered: list[Any] = []  # XLA keeps their addresses for good
 
 _settings = lru_cache(maxsize=1024)(json.loads)
 
-_gate = np.zeros(2, np.int64)  # calls inside, and whether it is closed
+_gate = np.zeros(3, np.int64)  # calls inside, whether it is closed, and whether programs have calls
 _INSIDE, _CLOSED = (_gate[i:].ctypes.data for i in range(2))
+_ended = _Failure(  # what calls are told then
+    struct_size=ctypes.sizeof(_Failure),
+    message=b"numbabn: expected calls before the interpreter ends, got one as it does: "
+    b"register exit handlers after importing numbabn.jax",
+    code=_INTERNAL,
+)
+_ENDED = ctypes.addressof(_ended)
 
 
 @intrinsic
@@ -144,37 +152,55 @@ def _add(typing_context: Any, address: Any, number: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def _create_error(typing_context: Any, call: Any, failure: Any) -> Any:
+    """Make an error as `_Failure` says, by XLA's function and without the interpreter."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        call, failure = arguments
+        word = failure.type
+
+        def load(address: Any, offset: int) -> Any:
+            address = builder.add(address, word(offset))
+            return builder.load(builder.inttoptr(address, word.as_pointer()))
+
+        api = load(builder.ptrtoint(call, word), _Call.api.offset)
+        create = ir.FunctionType(word, [word]).as_pointer()
+        return builder.call(
+            builder.inttoptr(load(api, _Api.create_error.offset), create), [failure]
+        )
+
+    return types.int64(types.voidptr, types.int64), generate
+
+
 def _gated(handler: Any) -> Any:
     """Call a handler, but not once the interpreter ends: who waits for it then never returns."""
 
     @cfunc(types.intp(types.voidptr))
     def enter(call: Any) -> Any:
-        error = 0
         _add(_INSIDE, 1)
-        if _add(_CLOSED, 0) == 0:
-            error = handler(call)
+        closed = _add(_CLOSED, 0)
+        error = _create_error(call, _ENDED) if closed else types.intp(handler(call))
         _add(_INSIDE, -1)
-        return types.intp(error)
+        return error
 
     return enter
 
 
-@cache
-def _finish_at_exit() -> None:
+@atexit.register
+def _finish() -> None:
     """Have programs end before the interpreter does, if anybody may still see their results.
 
     JAX does not wait for those that are under way, and they need the interpreter in between.
     """
-
-    @atexit.register
-    def finish() -> None:
+    if _gate[2]:  # otherwise JAX may not have started, and need not
         jax.effects_barrier()
         for array in jax.live_arrays():
             with suppress(RuntimeError):  # that nobody has seen, nor will
                 array.block_until_ready()
-        _gate[1] = 1
-        while _gate[0]:
-            time.sleep(1e-3)
+    _gate[1] = 1
+    while _gate[0]:
+        time.sleep(1e-3)
 
 
 def _arrays(buffers: _Buffers) -> Arrays:
@@ -234,6 +260,7 @@ def register(name: str, function: Function) -> None:
         if call.extension and call.extension.contents.type == _METADATA:
             _describe(call)
             return None
+        _gate[2] = 1
         try:
             _run(function, call)
         except BaseException as error:
@@ -272,6 +299,6 @@ def call(name: str, outputs: tuple[Any, ...], settings: Any, *given: Any) -> tup
     tuple of jax.Array
         Under ``vmap`` arrays have further axes in front, of size 1 where an array is not mapped.
     """
-    _finish_at_exit()
+    _gate[2] = 1
     target = jax.ffi.ffi_call(name, outputs, vmap_method="expand_dims")
     return tuple(target(*given, settings=json.dumps(settings)))

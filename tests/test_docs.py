@@ -8,7 +8,7 @@ import pytest
 from programs import run
 
 ROOT = Path(__file__).parents[1]
-NAMES = "arrays", "compiled", "onnx", "pipelines", "scikit-learn", "threads", "weights"
+NAMES = "arrays", "compiled", "jax", "onnx", "pipelines", "scikit-learn", "threads", "weights"
 PAGES = ["README", *(f"docs/{name}" for name in NAMES)]
 # What must hold at the end, of the names that a page has made.
 HOLDS = {

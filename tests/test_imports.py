@@ -1,8 +1,10 @@
 """Who may import whom: from lower levels only, and nothing heavy or foreign at import."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ PACKAGE = Path(numbabn.__file__).parent
 LEVELS = {
     "reference": 0,
     "xla": 0,
+    "extras": 0,
     "libraries": 0,
     "checks": 1,
     "host": 1,
@@ -116,6 +119,21 @@ def test_what_computes_on_devices_says_what_it_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     expected = "ImportError: numbabn.cuda: expected numba-cuda, got none installed: pip install "
     assert done.stderr.splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "library"), [("jax", "JAX"), ("onnx", "onnx"), ("sklearn", "scikit-learn")]
+)
+def test_what_a_part_lacks(part, library, monkeypatch):
+    own = f"numbabn.{part}"
+    for name in [name for name in sys.modules if name.startswith((f"{part}.", own))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, part, None)
+    message = (
+        f'numbabn.{part}: expected {library}, got none installed: pip install "numbabn[{part}]"'
+    )
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
+        import_module(own)
 
 
 def test_public_names():

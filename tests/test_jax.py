@@ -18,6 +18,7 @@ from numbabn import reference
 pytest.importorskip("jax")
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from numbabn.jax import batch_norm
@@ -217,6 +218,20 @@ class TestAgainstJAX:
             for name, array in given.items():
                 assert (gradients[name].dtype, gradients[name].shape) == (array.dtype, array.shape)
 
+    def test_large_gradients_beside_16_bits(self):
+        """Of each parameter in its own dtype, whatever that of the weight."""
+        x = jnp.asarray(cases.normal((400, 2, 300), np.float16))
+        bias = jnp.zeros(2)
+        for dtype in (np.float16, np.float32):
+            weight = jnp.ones(2, dtype)
+            run = lambda bias, mean, w=weight: batch_norm(x, mean, bias + 1, w, bias).y  # noqa: E731
+            _, pull = jax.vjp(run, bias, bias)
+            dbias, dmean = pull(jnp.ones_like(x))
+            assert dbias.dtype == dmean.dtype == np.float32
+            np.testing.assert_allclose(dmean, -120000, rtol=1e-4)
+            run = lambda bias, w=weight: batch_norm(x, weight=w, bias=bias, training=True).y  # noqa: E731
+            np.testing.assert_array_equal(jax.vjp(run, bias)[1](jnp.ones_like(x))[0], [120000] * 2)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_without_weight_and_bias(self, x64, training):
         x, mean, var, weight, bias, _, dy = arrays((9, 4, 6), 1, np.float32)
@@ -396,26 +411,136 @@ class TestTransformations:
                 np.testing.assert_array_equal(got, other)
 
 
-def test_two_devices():
+DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from numbabn.jax import batch_norm
+
+rng = np.random.default_rng(0)
+x = rng.standard_normal((8, 4, 30, 30), dtype=np.float32)
+weight, mean = jnp.arange(4.0), jnp.zeros(4)
+
+def numbabn(training, x, weight, mean):
+    return batch_norm(x, mean, mean + 2, weight, training=training)
+
+def formulas(training, x, weight, mean):
+    var = mean + 2
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    mean, var, weight = (jnp.expand_dims(a, (1, 2)) for a in (mean, var, weight))
+    return (x - mean) / jnp.sqrt(var + 1e-5) * weight,
+
+def same_gradients(got, expected, *arrays):
+    for training in (True, False):
+        got_of, expected_of = (
+            jax.jit(jax.grad(lambda *a: (f(training)(*a) ** 3).mean(), (0, 1, 2)))(*arrays)
+            for f in (got, expected)
+        )
+        for a, b, by in zip(got_of, expected_of, arrays, strict=True):
+            assert jax.typeof(a).sharding.spec == jax.typeof(by).sharding.spec
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+mesh = jax.make_mesh((2,), ("n",), axis_types=(AxisType.{axes},))
+sharded = jax.device_put(x, NamedSharding(mesh, P("n")))
+"""
+needs_types = pytest.mark.skipif(
+    not hasattr(jax.sharding, "ManualAxisType"), reason="types of JAX before 0.10 tell less"
+)
+
+
+def with_two_devices(code, axes="Auto"):
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", DEVICES.replace("{axes}", axes) + code],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        check=True, timeout=120,
+    )  # fmt: skip
+
+
+class TestTwoDevices:
     """Statistics are of the whole batch where JAX sees one array, of each shard in a shard_map."""
+
+    def test_values(self):
+        with_two_devices("""
+run = lambda x: batch_norm(x, training=True).y
+np.testing.assert_array_equal(jax.jit(run)(sharded), run(x))
+local = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("n"), out_specs=P("n")))
+expected = np.concatenate([run(x[:4]), run(x[4:])])
+for _ in range(20): np.testing.assert_array_equal(local(sharded), expected)
+""")
+
+    @needs_types
+    def test_shard_map(self):
+        """What differs between shards is told, so that gradients are summed over them once."""
+        with_two_devices("""
+specs = dict(mesh=mesh, in_specs=(P("n"), P(), P()), out_specs=P("n"))
+mapped = lambda f, training: jax.shard_map(lambda *a: f(training, *a)[0], **specs)
+same_gradients(partial(mapped, numbabn), partial(mapped, formulas), sharded, weight, mean)
+
+def inside(f, training):
+    gradient = jax.grad(lambda weight, x, mean: (f(training, x, weight, mean)[0] ** 3).sum())
+    step = lambda x, weight, mean: gradient(weight, x, mean)
+    return jax.jit(jax.shard_map(step, **specs | {"out_specs": P()}))(sharded, weight, mean)
+
+for training in (True, False):
+    got, expected = (inside(f, training) for f in (numbabn, formulas))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-2)
+
+try:
+    jax.shard_map(
+        lambda *a: numbabn(True, *a).running_mean, **specs | {"out_specs": P()}
+    )(sharded, weight, mean)
+except ValueError as error:
+    assert "replication" in str(error)
+else:
+    raise AssertionError("means of shards passed as one")
+""")
+
+    @needs_types
+    def test_explicit_axes(self):
+        """Results and gradients are sharded as the arrays that they belong to."""
+        with_two_devices(
+            """
+jax.set_mesh(mesh)
+y_of = lambda f, training: lambda *a: f(training, *a)[0]
+halves = jax.device_put((weight, mean), NamedSharding(mesh, P("n")))
+for arrays in ((sharded, weight, mean), (jnp.asarray(x), *halves)):
+    same_gradients(partial(y_of, numbabn), partial(y_of, formulas), *arrays)
+    y, new_mean, _ = numbabn(True, *arrays)
+    for result, array in ((y, arrays[0]), (new_mean, arrays[2])):
+        assert jax.typeof(result).sharding.spec == jax.typeof(array).sharding.spec
+""",
+            "Explicit",
+        )
+
+
+def test_export(tmp_path):
+    """To a process that traces no call, and ends while it computes."""
+
+    def network(x):
+        for _ in range(5):
+            x = batch_norm(jnp.tanh(x) + jnp.cosh(x), training=True).y + 1
+        return x
+
+    x = cases.normal((32, 64, 56, 56), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", jax.jit(network)(x))
+    checks = [jax.export.DisabledSafetyCheck.custom_call("numbabn_forward")]
+    exported = jax.export.export(jax.jit(network), disabled_checks=checks)(x)
+    (tmp_path / "program").write_bytes(exported.serialize())
     code = (
-        "import jax, jax.numpy as jnp, numpy as np\n"
-        "from jax.sharding import NamedSharding, PartitionSpec as P\n"
-        "from numbabn.jax import batch_norm\n"
-        "assert len(jax.devices()) == 2\n"
-        "mesh = jax.make_mesh((2,), ('n',), axis_types=(jax.sharding.AxisType.Auto,))\n"
-        "x = np.random.default_rng(0).standard_normal((8, 4, 30, 30), dtype=np.float32)\n"
-        "run = lambda x: batch_norm(x, training=True).y\n"
-        "sharded = jax.device_put(x, NamedSharding(mesh, P('n')))\n"
-        "np.testing.assert_array_equal(jax.jit(run)(sharded), run(x))\n"
-        "local = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P('n'), out_specs=P('n')))\n"
-        "expected = np.concatenate([run(x[:4]), run(x[4:])])\n"
-        "for _ in range(20): np.testing.assert_array_equal(local(sharded), expected)\n"
+        "import pathlib, jax, jax.export, numpy as np, numbabn.jax\n"
+        "program = jax.export.deserialize(pathlib.Path('program').read_bytes())\n"
+        "run = jax.jit(program.call)\n"
+        "np.testing.assert_array_equal(run(np.load('x.npy')), np.load('y.npy'))\n"
+        "y = np.load('y.npy')\n"
+        "for _ in range(4): y = run(y)\n"
+        "del y\n"
     )
     subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path, check=True, timeout=60,
     )  # fmt: skip
 
 
