@@ -15,7 +15,6 @@ SHAPES = {
     "NC N=2": ((2, 300), 1),
     "NC narrow": ((1000, 3), -1),
     "NC narrow, few": ((37, 5), 1),
-    "NC narrow, several pieces": ((140003, 2), 1),
     "NC several pieces": ((4099, 19), 1),
     "NC wide": ((131, 1061), 1),
     "NCHW short, large": ((33, 67, 7, 7), 1),
@@ -38,7 +37,6 @@ SHAPES = {
     "CNHW": ((3, 5, 7, 11), 0),
 }
 LARGE = [
-    "NC narrow, several pieces",
     "NC several pieces",
     "NC wide",
     "NCHW short, large",

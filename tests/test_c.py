@@ -399,7 +399,7 @@ assert c.table("float32", "statistics", parallel=True).threads == 8
 before = len(os.listdir("/proc/self/task"))
 call, _ = foreign.statistics(x, threads=2, axis=1)
 assert call.run() == c.Status.OK
-assert len(os.listdir("/proc/self/task")) == before + 1
+assert len(os.listdir("/proc/self/task")) <= before + 1
 assert numba.get_num_threads() == 8
 """
 

@@ -83,9 +83,17 @@ def test_sixteen_bits(caches, name, dtype, ulp):
 
 @pytest.mark.parametrize("name", cases.LARGE)
 def test_sixteen_bits_on_threads(name):
-    # float16 does not hold dweight of 140000 values.
-    dtype = "bfloat16" if name.startswith("NC narrow") else "float16"
-    check_training(Problem(*cases.SHAPES[name], *cases.NARROW[dtype]))
+    check_training(Problem(*cases.SHAPES[name], *cases.NARROW["float16"]))
+
+
+# float16 does not hold dweight of so many values.
+@pytest.mark.parametrize("dtype", [*cases.TOLERANCES, "bfloat16"])
+def test_several_pieces_of_narrow_rows(dtype):
+    tolerance = (cases.TOLERANCES | cases.NARROW)[dtype]
+    p = Problem((140003, 2), 1, *tolerance, with_residual=True, activation="relu")
+    check_training(p)
+    check_inference(p)
+    check_statistics((140003, 2), 1, tolerance.dtype)
 
 
 @cases.narrow_dtypes
