@@ -82,8 +82,9 @@ def _of_chunks(array: Any, axis: Any) -> Iterator[BatchStats]:
     chunks = array.to_delayed()  # of one graph, which compute would look through for each of them
     graph = dict(chunks.flat[0].dask)
     for batch in np.moveaxis(chunks, axis, -1).reshape(-1, chunks.shape[axis]):
-        # Each has some of the channels, of as many values.
-        parts = [batch_stats(_alone(chunk, graph).compute(), axis=axis) for chunk in batch]
+        # Each has some of the channels, or none, of as many values.
+        arrays = (_alone(chunk, graph).compute() for chunk in batch)
+        parts = [batch_stats(each, axis=axis) for each in arrays if each.shape[axis]]
         mean = np.concatenate([part.mean for part in parts])
         yield BatchStats(parts[0].count, mean, np.concatenate([part.m2 for part in parts]))
 

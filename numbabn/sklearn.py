@@ -173,11 +173,11 @@ class BatchNormScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X = _validated(fitted, X, reset=first)
         batch = batch_stats(self._view(X, None if first else len(self.mean_)), axis=self.axis)
         stats = batch if first else self._stats + batch
-        rows = stats.count * len(stats.mean) // X.shape[1]
-        count = stats.count if self.momentum is None else batch.count
-        if count - correction <= 0:
+        counted = stats if self.momentum is None else batch
+        if counted.count - correction <= 0:
+            rows = counted.count * len(stats.mean) // X.shape[1]
             raise ValueError(
-                f"correction: expected less than the {count} values per channel, "
+                f"correction: expected less than the {counted.count} values per channel, "
                 f"got {correction} with n_samples = {rows}"
             )
         if self.momentum is None or first:
@@ -190,7 +190,7 @@ class BatchNormScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         fitted.mean_ = mean
         fitted.var_ = var
         fitted.scale_ = np.where(scale == 0, 1.0, scale)
-        fitted.n_samples_seen_ = rows
+        fitted.n_samples_seen_ = stats.count * len(mean) // X.shape[1]
         self.__dict__ = fitted.__dict__
         return self
 

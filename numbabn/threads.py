@@ -9,6 +9,7 @@ import ctypes
 import inspect
 import operator
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.entrypoints import init_all
 from numba.np.ufunc import parallel
 
 PARALLEL_BYTES = 1 << 17  # below this, entering a parallel region costs more than it saves
@@ -34,7 +36,9 @@ class Team(NamedTuple):
 _team = cache(Team)
 ALONE = Team(1, 1)  # of calls too short to be counted
 
-_bound: ContextVar[int | None] = ContextVar("numbabn.threads", default=None)
+_bounds: ContextVar[frozenset[tuple[object, int]] | None] = ContextVar(
+    "numbabn.threads", default=None
+)
 _running: set[int] = set()  # the caller's threads that are within a call
 _turn = threading.RLock()  # a signal's handler may come before it is given back, and call, too
 _forked = False
@@ -59,7 +63,8 @@ def threads(limit: int) -> _Bound:
     Holds for calls of the thread, or asyncio task, that enters it. Other bounds hold beside it:
     those around it, ``numba.set_num_threads``, and an equal share where several threads call at
     once. Results have the same bits whatever the number. Each ``with`` takes a bound of its own. A
-    decorated function is a plain one: within what is async, or a generator, write ``with``.
+    decorated function is a plain one: within what is async, or a generator, write ``with``; a
+    generator binds its caller, too, where it yields within.
 
     Parameters
     ----------
@@ -91,19 +96,21 @@ def threads(limit: int) -> _Bound:
 
 
 def _bounded(limit: int) -> Generator[None, None, None]:
-    around = _bound.get()
+    bound = object(), limit
     try:
-        _bound.set(min(limit, around or limit))
+        _bounds.set((_bounds.get() or frozenset()) | {bound})
         yield
     finally:
-        _bound.set(around)
+        # Not what was there before: generators may end in the order in which they began.
+        _bounds.set(((_bounds.get() or frozenset()) - {bound}) or None)
 
 
 def team_for(nbytes: int) -> Team:
     """Choose how many threads move so many bytes."""
     if nbytes < PARALLEL_BYTES or _forked:
         return ALONE
-    bound = _bound.get()
+    bounds = _bounds.get()
+    bound = min(limit for _, limit in bounds) if bounds else None
     if bound == 1:
         return _team(1, 1)
     layer = _layer()
@@ -124,7 +131,7 @@ def threads_for_c() -> int:
     return 1 if _forked or layer.one_at_a_time else layer.threads()
 
 
-def bounds() -> tuple[int, int]:
+def bindings() -> tuple[int, int]:
     """Give the addresses of C functions that tell, and set, how many threads the caller may use."""
     layer = _layer()
     functions: tuple[Any, Any] = layer.threads, layer.bind
@@ -176,8 +183,12 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
 
     The caller is interrupted all the same, and the work done in the background.
     """
-    if global_compiler_lock.is_locked():  # by this thread, for which another would wait for ever
+    # With the lock of this thread's, or at its end, another would wait for ever.
+    if global_compiler_lock.is_locked() or sys.is_finalizing():
         return work(*args)
+    # What extends numba is imported as it first compiles: not there, where whoever calls as it is
+    # imported itself has the lock of that import.
+    init_all()
     outcome: Future[Any] = Future()
 
     def run() -> None:

@@ -96,6 +96,37 @@ def test_several_pieces_of_narrow_rows(dtype):
     check_statistics((140003, 2), 1, tolerance.dtype)
 
 
+# A piece and some rows more, which may be fewer numbers than a line has.
+@pytest.mark.parametrize("more", [1, 2, 5])
+@pytest.mark.parametrize("C", [2, 3, 5, 9, 13])
+def test_narrow_rows_are_written_where_they_belong(C, more):
+    for rows in (1024 + more, 2048 + more):
+        x = cases.normal((rows, C), np.float32)
+        wanted = reference.forward(x, activation="relu")[0]
+        for start in range(16, 32):
+            memory = np.full(x.size + 64, 7, np.float32)
+            out = memory[start : start + x.size].reshape(x.shape)
+            beside = np.delete(memory, np.s_[start : start + x.size])
+            numbabn.batch_norm_forward(x, activation="relu", out=out)
+            np.testing.assert_allclose(out, wanted, rtol=0, atol=4e-6)
+            mean = reference.statistics(x)[1]
+            numbabn.batch_norm_inference(x, mean.astype("f4"), np.ones(C, "f4"), out=out)
+            numbabn.batch_norm_backward(x, x, None, mean, np.ones(C), out=out)
+            np.testing.assert_array_equal(np.delete(memory, np.s_[start : start + x.size]), beside)
+
+
+@pytest.mark.parametrize("rows", [131073, 262145, 262146, 262148])
+def test_narrow_rows_in_place_on_threads(rows):
+    x = cases.normal((rows, 3), np.float32)
+    wanted = numbabn.batch_norm(x, training=True, activation="relu")
+    for start in (0, 4, 7):
+        memory = np.empty(x.size + 16, np.float32)
+        here = memory[start : start + x.size].reshape(x.shape)
+        here[...] = x
+        numbabn.batch_norm(here, training=True, activation="relu", out=here)
+        np.testing.assert_array_equal(here, wanted)
+
+
 @cases.narrow_dtypes
 @pytest.mark.parametrize("scale", [1.0, 1.00390625, 0.7, 3e-5, 1e4])
 def test_every_sixteen_bit_number_is_read_and_rounded_right(dtype, ulp, scale):

@@ -3,9 +3,11 @@
 What keeps a process alive is also taken away, to see that it is what does.
 """
 
+import importlib
 import signal
 import sys
 
+import numba
 import pytest
 from programs import CALL, LAYERS, environment_of, finish, run
 
@@ -290,6 +292,24 @@ def test_a_bound_that_would_end_before_the_body_begins(function):
         numbabn.threads(1)(function)
 
 
+def test_generators_may_end_in_the_order_in_which_they_began():
+    def bounded(limit):
+        with numbabn.threads(limit):
+            yield team()
+            yield team()
+
+    def team():
+        return importlib.import_module("numbabn.threads").team_for(1 << 30).threads
+
+    free = team()
+    one, most = bounded(1), bounded(numba.config.NUMBA_NUM_THREADS)
+    assert [next(one), next(most), next(one), next(most)] == [1] * 4
+    assert list(one) == []
+    assert team() == free
+    assert list(most) == []
+    assert team() == free
+
+
 # A call that takes a second or more on a large array that takes no memory. A thread sends Ctrl-C
 # while it runs, which it could not if the call did not let other threads go on. What a shell starts
 # in the background ignores Ctrl-C unless it asks for it.
@@ -360,7 +380,7 @@ def standing():
     sizes = sum(block.nbytes for block in pool._blocks)
     return (
         len(threads._running), threads._turn._is_owned(), numba.get_num_threads(),
-        threads._bound.get(), len(pool._visits), pool.kept == sizes,
+        threads._bounds.get(), len(pool._visits), pool.kept == sizes,
     )
 
 signal.signal(signal.SIGALRM, interrupt)
@@ -452,6 +472,27 @@ print(calls, threads._turn._is_owned(), right())
 def test_a_signals_handler_may_call(layer):
     output = run(CALL + HANDLER, NUMBA_NUM_THREADS="4", **environment_of(layer))
     assert output == "[True] False True\n"
+
+
+HANDLER_FOR_C = """
+import signal
+from numbabn import c
+
+made = []
+signal.signal(signal.SIGALRM, lambda *_: made.append(c.table("float64", "statistics")))
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+while not made:
+    c._lock.acquire()
+    c._lock.release()
+    c.table("float32", "statistics inference")
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(bool(made[0].statistics))
+"""
+
+
+@posix
+def test_a_signals_handler_may_ask_for_functions_for_c():
+    assert run(HANDLER_FOR_C) == "True\n"
 
 
 LATE = """

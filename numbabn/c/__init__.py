@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import cpu
 from ..cpu import schedule
-from ..threads import bounds, threads_for_c
+from ..threads import bindings, threads_for_c
 from . import entries
 from .structs import (
     ABI,
@@ -50,7 +50,7 @@ NAME = b"numbabn.c.table"  # of the capsule
 _new_capsule = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
 )(("PyCapsule_New", ctypes.pythonapi))
-_lock = threading.Lock()
+_lock = threading.RLock()  # for handlers of signals, too
 _kernels: dict[str, Kernels] = {}
 
 
@@ -136,18 +136,25 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     names = list(CALLS) if operations is None else str(operations).split()
     if not names or not set(names) <= set(CALLS):
         raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {operations!r}")
+    # Ahead of the lock: whoever waits for numba's, to compile, must hold none that others wait for
+    # who have that one.
+    functions = {name: FUNCTIONS[name](getattr(entries, name).address) for name in names}
+    addresses = {name: list(getattr(_kernels.get(dtype, Kernels()), name)) for name in names}
+    for name, known in addresses.items():
+        for k, variant in enumerate(cpu.variants([name], [dtype])):
+            if (parallel or not variant.parallel) and not known[k]:
+                known[k] = cpu.address(variant)
+    threads = (*bindings(), threads_for_c()) if parallel else None
     with _lock:
         found = _table(dtype)
         kernels = _kernels[dtype]
         for name in names:
-            addresses = getattr(kernels, name)
-            for k, variant in enumerate(cpu.variants([name], [dtype])):
-                if (parallel or not variant.parallel) and not addresses[k]:
-                    addresses[k] = cpu.address(variant)
-            setattr(found, name, FUNCTIONS[name](getattr(entries, name).address))
-        if parallel:
-            kernels.told_threads, kernels.set_threads = bounds()
-            kernels.threads = found.threads = threads_for_c()
+            for k, address in enumerate(addresses[name]):
+                getattr(kernels, name)[k] |= address
+            setattr(found, name, functions[name])
+        if threads:
+            kernels.told_threads, kernels.set_threads, kernels.threads = threads
+            found.threads = kernels.threads
     return found
 
 
@@ -183,7 +190,7 @@ def capsule(abi: int, dtype: str, operations: str | None = None, parallel: bool 
 def _after_fork() -> None:
     """Keep to the calling thread: Numba's others are not there."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     for dtype, kernels in _kernels.items():
         kernels.threads = _table(dtype).threads = 1
 

@@ -274,17 +274,21 @@ class Entry:
         self.__name__ = function.__name__
         self._function = function
         self._compiled: Any = CFunc(function, (arguments, numba.types.int32), {}, dict(_OPTIONS))
+        self._address = 0
 
-    @cached_property
+    @property
     def address(self) -> int:
         """Where the function is, compiled."""
-        return int(apart(self._make))
+        if not self._address:
+            apart(self._make)
+        return self._address
 
-    def _make(self) -> Any:
-        with contextlib.suppress(RuntimeError):
-            self._compiled._cache = _PackageCache(self._function)
-        self._compiled.compile()
-        return self._compiled.address
+    def _make(self) -> None:
+        with global_compiler_lock:
+            with contextlib.suppress(RuntimeError):
+                self._compiled._cache = _PackageCache(self._function)
+            self._compiled.compile()
+            self._address = int(self._compiled.address)
 
 
 def kernel(*kinds: str) -> Callable[[Callable[..., Any]], Kernel]:

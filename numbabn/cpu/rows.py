@@ -363,17 +363,20 @@ def _lines(shape, rows, first, last):
 
 
 @inlined
+def _spans(shape, start, stop):
+    """Count a thread's spans, of which each has a piece's rows or more, or all there are.
+
+    The next one begins in the line in which this one ends, and must not reach beyond it.
+    """
+    return max(1, (stop - start) // (shape.piece * shape.fold))
+
+
+@inlined
 def _span(shape, start, stop, k):
     """First and last row of the thread's span ``k``: those read last come first."""
     rows = shape.piece * shape.fold
     last = stop - k * rows
-    return max(start, last - rows), last
-
-
-@inlined
-def _spans(shape, start, stop):
-    """Count a thread's spans."""
-    return -(-(stop - start) // (shape.piece * shape.fold))
+    return (start if k + 1 == _spans(shape, start, stop) else last - rows), last
 
 
 @primitive
