@@ -83,10 +83,15 @@ def _of_chunks(array: Any, axis: Any) -> Iterator[BatchStats]:
     graph = dict(chunks.flat[0].dask)
     for batch in np.moveaxis(chunks, axis, -1).reshape(-1, chunks.shape[axis]):
         # Each has some of the channels, or none, of as many values.
-        arrays = (_alone(chunk, graph).compute() for chunk in batch)
-        parts = [batch_stats(each, axis=axis) for each in arrays if each.shape[axis]]
+        parts = [part for chunk in batch if (part := _of_chunk(_alone(chunk, graph), axis))]
         mean = np.concatenate([part.mean for part in parts])
         yield BatchStats(parts[0].count, mean, np.concatenate([part.m2 for part in parts]))
+
+
+def _of_chunk(chunk: Any, axis: int) -> BatchStats | None:
+    """Statistics of a chunk, which is let go of; none if it has no channels."""
+    x = chunk.compute()
+    return batch_stats(x, axis=axis) if x.shape[axis] else None
 
 
 def _alone(chunk: Any, graph: Any) -> Any:
