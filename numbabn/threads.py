@@ -183,11 +183,11 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
 
     The caller is interrupted all the same, and the work done in the background.
     """
-    # With the lock of this thread's, or at its end, another would wait for ever.
+    # Another thread would wait for ever: for a lock that this one has, or the interpreter that ends.
     if global_compiler_lock.is_locked() or sys.is_finalizing():
         return work(*args)
-    # What extends numba is imported as it first compiles: not there, where whoever calls as it is
-    # imported itself has the lock of that import.
+    # Numba imports what extends it as it first compiles. That must not be in the other thread: who
+    # calls while such a module is being imported has the lock of its import.
     init_all()
     outcome: Future[Any] = Future()
 

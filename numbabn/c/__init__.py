@@ -136,8 +136,8 @@ def table(dtype: str, operations: str | None = None, *, parallel: bool = False) 
     names = list(CALLS) if operations is None else str(operations).split()
     if not names or not set(names) <= set(CALLS):
         raise ValueError(f"operations: expected some of {', '.join(CALLS)}, got {operations!r}")
-    # Ahead of the lock: whoever waits for numba's, to compile, must hold none that others wait for
-    # who have that one.
+    # Compile ahead of the lock: a thread that has numba's own, as it compiles a function that asks
+    # for a table, may be waiting for this one.
     functions = {name: FUNCTIONS[name](getattr(entries, name).address) for name in names}
     addresses = {name: list(getattr(_kernels.get(dtype, Kernels()), name)) for name in names}
     for name, known in addresses.items():

@@ -99,8 +99,8 @@ typedef struct numbabn_forward_call {
     numbabn_input x;
     numbabn_input residual; /* or none */
     numbabn_output y;
-    /* Written, if it is there, all (elements + 7) / 8 bytes; NULL without relu. Bit i % 8 of byte i / 8
-     * says whether element i of y, in C order, passed the ReLU. */
+    /* Written, if it is there, all (elements + 7) / 8 bytes; NULL without relu. Bit i % 8 of byte
+     * i / 8 says whether element i of y, in C order, passed the ReLU. */
     uint8_t *mask;
     const void *weight; /* or NULL: ones */
     const void *bias;   /* or NULL: zeros */
