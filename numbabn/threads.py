@@ -183,7 +183,7 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
 
     The caller is interrupted all the same, and the work done in the background.
     """
-    # Another thread would wait for ever: for a lock that this one has, or the interpreter that ends.
+    # Another thread would wait for ever: for a lock of this one's, or the interpreter that ends.
     if global_compiler_lock.is_locked() or sys.is_finalizing():
         return work(*args)
     # Numba imports what extends it as it first compiles. That must not be in the other thread: who
